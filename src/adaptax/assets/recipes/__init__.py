@@ -1,0 +1,1 @@
+"""Recipes that regenerate the small data files shipped with the package."""

@@ -1,0 +1,135 @@
+"""The command line: compose the configuration with Hydra, check it, hand plain dataclasses to ``train.run``.
+
+The only module that knows Hydra and OmegaConf. jax is imported after the configuration has been found good, so that
+``--help``, ``--cfg job`` and mistakes are answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from adaptax.config import Config, UserError, build, check_divisible, key_paths, one_of, unknown_key
+from adaptax.models import find_architecture, find_family, match_modules
+
+log = logging.getLogger(__name__)
+GROUPS = ("model", "data", "optimizer", "schedule", "training", "checkpoint", "logging", "experiment")
+_SECRET = re.compile(r"\bhf_\w{16,}|(?i:(?:^|[._])(?:\w+_)?(?:token|secret|password|api_?key)=)")
+
+
+def find_conf() -> str:
+    """The configuration folder: inside an installed package, or at the root of a checkout."""
+    package = Path(__file__).resolve().parent
+    folders = (package / "conf", package.parents[1] / "conf")
+    return str(next(folder for folder in folders if (folder / "config.yaml").is_file()))
+
+
+def main() -> None:
+    """Trains. Exit code 0 when all went well, 1 after an error, 2 after a misuse, 130 after Ctrl-C."""
+    if sys.argv[1:2] == ["train"]:
+        del sys.argv[1]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, and become one line below
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        _check_arguments(sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=find_conf(), config_name="config")(_train)()
+    except UserError as error:
+        _fail(str(error))
+    except MissingConfigException as error:
+        _fail(_missing_choice(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(_one_line(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _train(cfg: DictConfig) -> float:
+    """One job: the configuration as dataclasses, checked without jax, then the run."""
+    try:
+        config = build(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+        check_model(config)
+        directory = Path(HydraConfig.get().runtime.output_dir)
+        OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), directory / "config.yaml")
+
+        from adaptax import mesh
+
+        mesh.start_processes()
+        device_mesh = mesh.build_mesh(config.model.mesh_shape)
+
+        from adaptax import train
+
+        return train.run(config, device_mesh, directory)
+    except UserError as error:
+        if HydraConfig.get().mode == RunMode.RUN:
+            _fail(str(error))
+        print(f"error in job {HydraConfig.get().job.num}: {error}", file=sys.stderr)  # the sweep goes on
+        raise
+
+
+def check_model(config: Config) -> None:
+    """Everything about the model that can be found wrong before jax is imported and weights are fetched."""
+    if config.model.model_size == "auto" and not config.model.weights:
+        raise UserError("model.model_size=auto reads the checkpoint's config.json: set model.weights=DIRECTORY")
+    family, arch = find_family(config.model.model_family), find_architecture(config.model)
+    match_modules(config.model, arch)
+    check_divisible(family.checkpoint.axis_sizes(arch), config.model.mesh_shape)
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuses unknown keys (Hydra would take them after a ``+``), secrets, and what would unpickle a file."""
+    if any(a.startswith(("--experimental-rerun", "--experimental_rerun")) for a in arguments):
+        raise UserError("--experimental-rerun reads a pickle and is not supported; use the run's config.yaml instead")
+    secret = next((a for a in arguments if _SECRET.search(a)), None)
+    if secret:
+        raise UserError(f"{secret.partition('=')[0]}: secrets do not go on the command line, where runs record them; set HF_TOKEN")
+    known = key_paths()
+    for override in OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides):
+        key = override.key_or_group
+        if key.partition(".")[0].partition("/")[0] == "hydra" or key in GROUPS or key in known:
+            continue
+        raise UserError(unknown_key(key, [*known, "experiment"]))
+
+
+def _missing_choice(error: MissingConfigException) -> str:
+    """``model=gemma3_1bb: did you mean gemma3_1b? ...``"""
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    if not group or not error.options:
+        return _one_line(error)
+    return f"{group}={choice}: {one_of(choice, error.options)}"
+
+
+def _one_line(error: BaseException) -> str:
+    """Hydra's and OmegaConf's messages without their context lines, with the close match for an unknown key."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        first, *rest = str(cause).splitlines() or [type(cause).__name__]
+        keys = [line.split(":", 1)[1].strip() for line in rest if line.strip().startswith("full_key:")]
+        unknown = re.match(r"Key '(\S+)' (?:not in|is not in struct)", first)
+        if unknown and keys:
+            parts.append(unknown_key(keys[0], key_paths()))
+        else:
+            parts.append(f"{keys[0]}: {first}" if keys else first.rstrip(": "))
+        cause = cause.__cause__
+    return ": ".join(dict.fromkeys(parts))
+
+
+def _fail(message: str) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(1)

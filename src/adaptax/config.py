@@ -1,0 +1,298 @@
+"""Names, types, docs and checks of every configuration key. Values live in ``conf/``. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+MESH_AXES = ("fsdp", "tp")
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Something the user can mend: shown as one line, without a traceback, exit code 1."""
+
+
+def knob(
+    doc: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A configuration field: its documentation and the values it accepts."""
+    limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
+    return field(metadata={"doc": doc, **limits})
+
+
+@dataclass
+class ModelConfig:
+    """Which Gemma 3, from where, and where its adapters go (``conf/model``)."""
+
+    model_family: str = knob("Architecture family, a key of ``adaptax.models.FAMILIES``: ``gemma3``.")
+    model_size: str = knob(
+        "Size within the family: ``270m``, ``1b``, ``4b``, ``12b``, ``27b``, ``tiny``, or ``auto`` to take the "
+        "architecture from the ``config.json`` beside the weights."
+    )
+    lora_rank: int = knob("Rank of the LoRA matrices; 4 to 128 is usual.", minimum=1)
+    lora_alpha: Optional[float] = knob(
+        "Updates are scaled by ``lora_alpha / lora_rank``; null means the rank, which keeps the scale at 1.", above=0
+    )
+    lora_module_path: str = knob(
+        "Regular expression that must match a whole module path such as ``layers/0/attn/q_einsum``."
+    )
+    mesh_shape: Any = knob('``[[fsdp, tp], ["fsdp", "tp"]]``: devices for sharded data and for tensor parallelism.')
+    lora_dropout: float = knob("Dropout on the adapters' input, in training only.", minimum=0, maximum=0.99)
+    weights: Optional[str] = knob(
+        "Base weights: a directory of safetensors, a Hugging Face hub id, or ``random``; null means the size's own "
+        "(``google/gemma-3-1b-it`` for ``1b``)."
+    )
+    tokenizer: Optional[str] = knob("A sentencepiece ``tokenizer.model``; null means the one beside the weights.")
+    dtype: str = knob(
+        "Compute type; ``auto`` is bfloat16 on GPU and TPU and float32 on CPU.", choices=("auto", "float32", "bfloat16")
+    )
+
+
+@dataclass
+class DataConfig:
+    """What is trained on (``conf/data``)."""
+
+    train: Any = knob("Training rows: a JSONL or Parquet file, or a list of them.")
+    eval: Any = knob("Held-out rows, like ``train``; null holds out ``eval_fraction`` of the training rows.")
+    eval_fraction: float = knob("Share of training rows held out when ``eval`` is null.", minimum=0, maximum=0.9)
+    format: str = knob(
+        "Row format; ``auto`` finds it by the columns.", choices=("auto", "messages", "prompt_completion", "text")
+    )
+    max_length: int = knob("Longest sequence in tokens; longer rows are cut and counted.", minimum=8)
+    shuffle: bool = knob("Reshuffle the rows in every epoch.")
+    prefetch_batches: int = knob("Batches prepared ahead of the step.", minimum=1)
+
+
+@dataclass
+class OptimizerConfig:
+    """The update rule for the adapters (``conf/optimizer``); keys that a rule does not use are null."""
+
+    name: str = knob("Update rule.", choices=("adamw", "lion", "adafactor", "sgd"))
+    learning_rate: float = knob("Peak learning rate.", above=0)
+    weight_decay: float = knob("Decoupled weight decay.", minimum=0)
+    beta1: Optional[float] = knob("Decay of the first moment.", minimum=0, maximum=1)
+    beta2: Optional[float] = knob("Decay of the second moment.", minimum=0, maximum=1)
+    eps: Optional[float] = knob("Added to the denominator.", above=0)
+    momentum: Optional[float] = knob("Momentum of SGD; null or 0 for none.", minimum=0, maximum=1)
+    max_grad_norm: Optional[float] = knob("Clip gradients to this global norm; null for no clipping.", above=0)
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate over the steps (``conf/schedule``)."""
+
+    name: str = knob("Shape after warm-up.", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = knob("Steps of linear warm-up from 0.", minimum=0)
+    final_fraction: float = knob("Learning rate at the last step as a share of the peak.", minimum=0, maximum=1)
+
+
+@dataclass
+class TrainingConfig:
+    """How long and in what batches (``conf/training``)."""
+
+    micro_batch_size: int = knob("Sequences in one forward pass on one fsdp slice.", minimum=1)
+    gradient_accumulation_steps: int = knob("Forward passes added up for one optimizer step.", minimum=1)
+    num_batches: Optional[int] = knob("Optimizer steps per epoch; null takes the whole dataset.", minimum=1)
+    num_epochs: int = knob("Passes over the data.", minimum=1)
+    eval_every_steps: Optional[int] = knob("Evaluate every so many steps; null only at the start and end.", minimum=1)
+    exact_match_rows: int = knob(
+        "Held-out rows answered before and after training and scored by exact match; 0 for none.", minimum=0
+    )
+    max_nonfinite: int = knob("Stop after so many steps in a row with a non-finite loss or gradient.", minimum=1)
+    seed: int = knob("Seed of adapters, shuffling and dropout.", minimum=0)
+
+
+@dataclass
+class CheckpointConfig:
+    """Adapters written while training goes on (``conf/checkpoint``)."""
+
+    every_steps: Optional[int] = knob("Write the adapter every so many steps; null only at the end.", minimum=1)
+    keep: int = knob("How many of these adapters are kept; older ones are deleted.", minimum=1)
+
+
+@dataclass
+class LoggingConfig:
+    """What a run says and draws (``conf/logging``)."""
+
+    every_steps: int = knob("Steps between lines in the log.", minimum=1)
+    progress: str = knob(
+        "``auto`` draws a bar in a terminal and prints lines elsewhere.", choices=("auto", "bar", "lines", "off")
+    )
+    tensorboard: bool = knob("Write TensorBoard events.")
+    plot: bool = knob("Draw ``loss.png``.")
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    name: str = knob("The run's name, the first folder under ``outputs``.")
+    model: ModelConfig = knob("The base model and its adapters.")
+    data: DataConfig = knob("The data.")
+    optimizer: OptimizerConfig = knob("The optimizer.")
+    schedule: ScheduleConfig = knob("The learning-rate schedule.")
+    training: TrainingConfig = knob("Batches and epochs.")
+    checkpoint: CheckpointConfig = knob("Adapters kept along the way.")
+    logging: LoggingConfig = knob("What is shown.")
+
+
+def build(values: Mapping[str, Any]) -> Config:
+    """Turns nested plain values into a checked :class:`Config`.
+
+    Raises:
+      UserError: naming every wrong key at once, one line.
+    """
+    problems: list[str] = []
+    config = _build(Config, values, "", problems)
+    if problems:
+        raise UserError("; ".join(problems))
+    _check_mesh_shape(config.model.mesh_shape)
+    _check_regex(config.model.lora_module_path)
+    _check_paths(config.data)
+    return config
+
+
+def _build(cls: type[T], values: Mapping[str, Any], prefix: str, problems: list[str]) -> T:
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    problems += [unknown_key(prefix + str(key), key_paths()) for key in values if key not in fields]
+    built: dict[str, Any] = {}
+    for name, f in fields.items():
+        path, hint = prefix + name, hints[name]
+        if name not in values:
+            problems.append(f"{path} is missing")
+        elif dataclasses.is_dataclass(hint):
+            section = values[name] if isinstance(values[name], Mapping) else {}
+            built[name] = _build(typing.cast(type, hint), section, f"{path}.", problems)
+        else:
+            built[name], problem = _check_value(path, values[name], hint, f.metadata)
+            problems += [problem] if problem else []
+    return cls(**{name: built.get(name) for name in fields})
+
+
+def _check_value(path: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """Returns the value (an int where a float is due becomes one) and what is wrong with it, or None."""
+    if hint is Any:
+        return value, None
+    is_optional = type(None) in typing.get_args(hint)
+    kind = next((t for t in typing.get_args(hint) if t is not type(None)), hint)
+    if value is None:
+        return None, None if is_optional else f"{path} must be {_kind_name(kind)}, not null"
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        return value, f"{path} must be {_kind_name(kind)}, not {value!r}"
+    if limits["choices"] and value not in limits["choices"]:
+        return value, f"{path}={value}: {one_of(value, limits['choices'])}"
+    if kind is float and not math.isfinite(value):
+        return value, f"{path} must be finite, not {value}"
+    for name, is_bad, words in (
+        ("minimum", lambda v, x: v < x, "at least"),
+        ("above", lambda v, x: v <= x, "more than"),
+        ("maximum", lambda v, x: v > x, "at most"),
+    ):
+        if limits[name] is not None and is_bad(value, limits[name]):
+            return value, f"{path} must be {words} {limits[name]:g}, not {value}"
+    return value, None
+
+
+def _kind_name(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
+
+
+def key_paths(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every key as a dotted path, groups included: ``model``, ``model.lora_rank``, ..."""
+    paths = []
+    for name, hint in typing.get_type_hints(cls).items():
+        paths.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            paths += key_paths(typing.cast(type, hint), f"{prefix}{name}.")
+    return paths
+
+
+def unknown_key(path: str, known: Iterable[str]) -> str:
+    """The one line that says that a key is unknown, with the closest known one."""
+    known = list(known)
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    if not close:  # right key, wrong or missing group
+        leaf = path.rpartition(".")[2]
+        close = [k for k in known if k.rpartition(".")[2] == leaf][:1]
+    hint = f"did you mean {close[0]}?" if close else "see --cfg job for every key"
+    return f"unknown key {path}: {hint}"
+
+
+def one_of(value: str, choices: Iterable[str]) -> str:
+    """``did you mean X? It is one of X, Y, Z``, for a value that is none of the choices."""
+    choices = list(choices)
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    return (f"did you mean {close[0]}? " if close else "") + f"it is one of {', '.join(choices)}"
+
+
+def mesh_sizes(mesh_shape: Any) -> tuple[int, int]:
+    """(fsdp, tp) of ``[[fsdp, tp], ["fsdp", "tp"]]``, whichever order the names stand in."""
+    sizes = dict(zip(mesh_shape[1], mesh_shape[0], strict=True))
+    return sizes["fsdp"], sizes["tp"]
+
+
+def check_divisible(sizes: Mapping[str, int], mesh_shape: Any) -> None:
+    """Refuses a mesh that does not divide the model's axes. ``sizes``: axis letter -> size."""
+    fsdp, tp = mesh_sizes(mesh_shape)
+    names = {"N": "query heads", "F": "mlp width", "V": "vocabulary rows", "D": "hidden width"}
+    for axis, count, mesh_axis in (("N", tp, "tp"), ("F", tp, "tp"), ("V", tp, "tp"), ("D", fsdp, "fsdp")):
+        if sizes[axis] % count:
+            fits = [n for n in range(1, count) if sizes[axis] % n == 0]
+            raise UserError(
+                f"model.mesh_shape: {mesh_axis}={count} does not divide the model's {sizes[axis]} {names[axis]}; "
+                f"{mesh_axis}={fits[-1]} does"
+            )
+
+
+def _check_mesh_shape(shape: Any) -> None:
+    form = 'model.mesh_shape must be [[fsdp, tp], ["fsdp", "tp"]], such as [[2, 4], ["fsdp", "tp"]]'
+    is_pair = isinstance(shape, list) and len(shape) == 2 and all(isinstance(part, list) for part in shape)
+    if not is_pair or len(shape[0]) != 2 or len(shape[1]) != 2:
+        raise UserError(f"{form}, not {shape}")
+    if sorted(map(str, shape[1])) != sorted(MESH_AXES):
+        raise UserError(f"{form}: the axis names are fsdp and tp, not {', '.join(map(str, shape[1]))}")
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in shape[0]):
+        raise UserError(f"{form}: the sizes are whole numbers from 1, not {shape[0]}")
+
+
+def _check_regex(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"model.lora_module_path={pattern!r} is not a regular expression: {error}") from None
+
+
+def paths_of(value: Any) -> list[str]:
+    """The files that ``data.train`` or ``data.eval`` names: none, one, or a list."""
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _check_paths(data: DataConfig) -> None:
+    for key in ("train", "eval"):
+        value = getattr(data, key)
+        is_list = isinstance(value, list) and value and all(isinstance(p, str) for p in value)
+        if not (value is None or isinstance(value, str) or is_list):
+            raise UserError(f"data.{key} must be a file or a list of files, not {value!r}")
+        for name in paths_of(value):
+            if not name.startswith("embedded:") and not Path(name).expanduser().is_file():
+                raise UserError(f"data.{key}={name}: no such file")
+    if data.train is None:
+        raise UserError("data.train is not set: data.train=chats.jsonl, or +experiment=quickstart for a first try")
+
+

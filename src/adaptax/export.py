@@ -1,0 +1,111 @@
+"""Adapters in PEFT's format, read again after writing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from adaptax.config import UserError
+from adaptax.lora import LoraSpec
+from adaptax.models import Architecture, Family
+
+PEFT_PREFIX = "base_model.model."
+
+
+def save_peft_adapter(
+    directory: Path, adapters: Mapping[str, np.ndarray], spec: LoraSpec, family: Family, arch: Architecture, source: str
+) -> None:
+    """Writes ``adapter_config.json`` and ``adapter_model.safetensors``, whole or not at all, and reads them again.
+
+    Args:
+      directory: replaced if it exists.
+      adapters: path -> stacked float32 array, on the host.
+      spec: rank, alpha and the adapted layers.
+      family: the model family.
+      arch: tells the class in the checkpoint, and so the names.
+      source: directory or hub id of the base.
+
+    Raises:
+      UserError: what was read is not what was to be written.
+    """
+    tensors = peft_tensors(adapters, spec, family, arch)
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(peft_config(tensors, spec, family, arch, source), indent=2)
+    (partial / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    _check_written(partial / "adapter_model.safetensors", tensors)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def peft_tensors(
+    adapters: Mapping[str, np.ndarray], spec: LoraSpec, family: Family, arch: Architecture
+) -> dict[str, np.ndarray]:
+    """PEFT's names and [out, in] shapes. Keys and values share their A, which is written to both."""
+    tensors = {}
+    prefix = PEFT_PREFIX + family.checkpoint.peft_module_prefix(arch)
+    for kind, layers in spec.layers.items():
+        names = family.checkpoint.LINEARS[kind].tensors
+        a, b = adapters[f"layers/{kind}/w_lora_a"], adapters[f"layers/{kind}/w_lora_b"]
+        for place, layer in enumerate(layers):
+            a_RI = a[place].reshape(-1, spec.rank).T
+            b_RCO = b[place].reshape(spec.rank, len(names), -1)
+            for part, name in enumerate(names):
+                module = f"{prefix}layers.{layer}.{name}"
+                tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a_RI)
+                tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b_RCO[:, part].T)
+    return tensors
+
+
+def peft_config(
+    tensors: Mapping[str, np.ndarray], spec: LoraSpec, family: Family, arch: Architecture, source: str
+) -> dict[str, Any]:
+    """The ``adapter_config.json`` that makes PEFT adapt the modules in ``tensors`` and no others."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source,
+        "r": spec.rank,
+        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
+        "lora_dropout": spec.dropout,
+        "target_modules": _target_modules(tensors, spec, family, arch),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _target_modules(
+    tensors: Mapping[str, np.ndarray], spec: LoraSpec, family: Family, arch: Architecture
+) -> list[str] | str:
+    """Suffixes where all layers are adapted; a regex where the vision tower has modules of the same name; else full names."""
+    if any(len(layers) < arch.num_layers for layers in spec.layers.values()):
+        modules = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in tensors}
+        return sorted(modules)
+    suffixes = sorted(n.rpartition(".")[2] for kind in spec.layers for n in family.checkpoint.LINEARS[kind].tensors)
+    if not arch.is_multimodal:
+        return suffixes
+    return rf".*{re.escape(family.checkpoint.peft_module_prefix(arch))}layers\.\d+\..*\.({'|'.join(suffixes)})"
+
+
+def _check_written(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    with safe_open(path, "numpy") as file:
+        names = set(file.keys())
+        same = names == set(tensors) and all(np.array_equal(file.get_tensor(n), tensors[n]) for n in names)
+    if not same:
+        raise UserError(f"{path}: what was read back is not what was written; is the disk full or failing?")

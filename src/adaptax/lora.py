@@ -1,0 +1,133 @@
+"""Where adapters go, what they start as, and how they meet the frozen base in a step.
+
+qwix applies its rules to one block, abstractly; its shapes are stacked over the layers that a kind is adapted in. The
+adapters are float32 masters, a flat dictionary ``layers/attn/q_einsum/w_lora_a -> [layers, ...]``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import qwix
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adaptax.mesh import partition
+from adaptax.models import Architecture, Family
+
+Arrays = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Which modules are adapted, and how."""
+
+    layers: Mapping[str, tuple[int, ...]]  # module kind -> layers
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+
+    @property
+    def first_layer(self) -> int:
+        """The lowest adapted layer; below it nothing is differentiated."""
+        return min((min(layers) for layers in self.layers.values()), default=0)
+
+
+def build_model(family: Family, arch: Architecture, spec: LoraSpec | None, mesh: Mesh, *, train: bool) -> nnx.GraphDef:
+    """The model's graph, with qwix's adapters in its block; no arrays are made.
+
+    Args:
+      family: the model family.
+      arch: the model's numbers.
+      spec: the adapters; None for the bare base.
+      mesh: activations are split over its fsdp axis.
+      train: with dropout, if the spec has any.
+    """
+    module = importlib.import_module(family.module)
+
+    def make() -> nnx.Module:
+        model = getattr(module, family.model_class)(arch, rngs=nnx.Rngs(0))
+        model.activation_sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+        if spec is not None:
+            model.first_adapted = spec.first_layer
+            model.layers = _wrap_block(module, arch, spec, spec.dropout if train else 0.0)
+        return model
+
+    return nnx.graphdef(nnx.eval_shape(make))
+
+
+def _wrap_block(module: Any, arch: Architecture, spec: LoraSpec, dropout: float) -> nnx.Module:
+    rules = [
+        qwix.LoraRule(module_path=re.escape(kind), rank=spec.rank, alpha=spec.alpha, dropout=dropout)
+        for kind in spec.layers
+    ]
+    block = module.Block(arch, rngs=nnx.Rngs(0))
+    rngs = nnx.Rngs(params=0, dropout=0)
+    block = qwix.apply_lora_to_model(block, qwix.LoraProvider(rules), *block.example_inputs(arch), rngs=rngs)
+    made = {"/".join(path[:-1]) for path, _ in nnx.to_flat_state(nnx.state(block, nnx.LoRAParam))}
+    assert made == set(spec.layers), f"qwix adapted {sorted(made)}, not {sorted(spec.layers)}"
+    return block
+
+
+def adapter_shapes(family: Family, arch: Architecture, spec: LoraSpec) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Every adapter array: path -> shape, axis letters."""
+    sizes = family.checkpoint.axis_sizes(arch) | {"R": spec.rank}
+    shapes = {}
+    for kind, layers in spec.layers.items():
+        for suffix, axes in zip(("a", "b"), family.checkpoint.adapter_axes(kind), strict=True):
+            shape = (len(layers), *(sizes[axis] for axis in axes[1:]))
+            shapes[f"layers/{kind}/w_lora_{suffix}"] = (shape, axes)
+    return shapes
+
+
+def init_adapters(family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh, seed: int) -> Arrays:
+    """Fresh float32 adapters on the mesh: A as PEFT's (kaiming uniform, a = sqrt 5, so U(-1/sqrt(in), 1/sqrt(in))), B zero.
+
+    A module's values depend on the seed and its own path only: not on the mesh, nor on which others are adapted.
+    """
+    shapes = adapter_shapes(family, arch, spec)
+
+    def make() -> Arrays:
+        adapters = {}
+        for path, (shape, _) in shapes.items():
+            if path.endswith("_b"):
+                adapters[path] = jnp.zeros(shape, jnp.float32)
+                continue
+            kind = path.removeprefix("layers/").rpartition("/")[0]
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+            keys = jax.vmap(lambda layer, key=key: jax.random.fold_in(key, layer))(jnp.array(spec.layers[kind]))
+            limit = 1.0 / math.sqrt(math.prod(shape[1:-1]))
+            draw = lambda key, shape=shape, limit=limit: jax.random.uniform(key, shape[1:], jnp.float32, -limit, limit)  # noqa: E731
+            adapters[path] = jax.vmap(draw)(keys)
+        return adapters
+
+    shardings = {path: partition(axes, shape, mesh) for path, (shape, axes) in shapes.items()}
+    return jax.jit(make, out_shardings=shardings)()
+
+
+def merge_model(graphdef: nnx.GraphDef, base: Arrays, adapters: Arrays, spec: LoraSpec | None, dtype: Any) -> Any:
+    """The callable model: frozen base and adapters (cast to the compute type) put into the graph."""
+    leaves = [(tuple(path.split("/")), nnx.Param(array)) for path, array in base.items()]
+    if spec is not None:
+        num_layers = next(a.shape[0] for path, a in base.items() if path.startswith("layers/"))
+        for path, array in adapters.items():
+            kind = path.removeprefix("layers/").rpartition("/")[0]
+            array = _spread(array.astype(dtype), spec.layers[kind], spec.first_layer, num_layers)
+            leaves.append((tuple(path.split("/")), nnx.LoRAParam(array)))
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def _spread(array: jax.Array, layers: tuple[int, ...], first: int, num_layers: int) -> jax.Array:
+    """Adapters of some layers as a stack of all from ``first`` on: layers without one get zeros, which add nothing."""
+    if len(layers) == num_layers - first:
+        return array
+    places = jnp.array(layers) - first
+    return jnp.zeros((num_layers - first, *array.shape[1:]), array.dtype).at[places].set(array)

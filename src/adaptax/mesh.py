@@ -1,0 +1,69 @@
+"""The device mesh, where every array lies on it, and how several processes find each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from adaptax.config import MESH_AXES, UserError, mesh_sizes
+
+# Axis letter -> mesh axis. Letters that are absent are never split; keys and values only where K divides.
+PARTITION_RULES: dict[str, str] = {"B": "fsdp", "D": "fsdp", "V": "tp", "N": "tp", "F": "tp", "K": "tp"}
+
+
+def start_processes() -> None:
+    """Joins the other processes of this run, if the environment tells of any (``JAX_*`` variables, or srun)."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address:
+        count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+        if count is None or index is None:
+            raise UserError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too")
+        jax.distributed.initialize(address, int(count), int(index))
+    elif "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        jax.distributed.initialize()
+
+
+def build_mesh(mesh_shape: Any) -> Mesh:
+    """The mesh of ``model.mesh_shape`` over the first fsdp x tp devices.
+
+    Raises:
+      UserError: there are too few devices, or several processes of which some would stand idle.
+    """
+    fsdp, tp = mesh_sizes(mesh_shape)
+    devices = jax.devices()
+    if fsdp * tp > len(devices):
+        raise UserError(
+            f"model.mesh_shape asks for {fsdp} x {tp} = {fsdp * tp} devices; this run sees {len(devices)} "
+            f"({devices[0].platform}): fsdp x tp must not be more"
+        )
+    if jax.process_count() > 1 and fsdp * tp != len(devices):
+        raise UserError(f"model.mesh_shape must use all {len(devices)} devices of the {jax.process_count()} processes")
+    return Mesh(np.array(devices[: fsdp * tp]).reshape(fsdp, tp), MESH_AXES)
+
+
+def partition(axes: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose axes have these letters.
+
+    Vectors (norm scales, also stacked) are whole on every device, and so is an axis that the mesh does not divide.
+    """
+    if len(axes.lstrip("L")) < 2:
+        return replicated(mesh)
+    names = [PARTITION_RULES.get(letter) for letter in axes]
+    split = [n if n and size % mesh.shape[n] == 0 else None for n, size in zip(names, shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*split))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Lays a global batch [A, B, T] on the mesh, B over fsdp. Every process passes the same whole batch."""
+    sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}

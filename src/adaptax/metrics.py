@@ -1,0 +1,121 @@
+"""What a run writes down: ``metrics.jsonl``, TensorBoard events, ``loss.png``, a progress bar or lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from adaptax.config import LoggingConfig
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Appends rows to ``metrics.jsonl`` and, if asked for, to TensorBoard; draws ``loss.png`` at the end.
+
+    Close it on every path; without a directory it writes nothing (the other processes of a run).
+    """
+
+    def __init__(self, directory: Path | None, config: LoggingConfig):
+        self._directory, self._config = directory, config
+        self._rows: list[dict[str, Any]] = []
+        self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8") if directory else None
+        self._events = None
+        if directory and config.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(directory / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """One row: the step and its values; a value that is not finite is written as null."""
+        row = {"step": step} | {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
+        self._rows.append(row)
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        if self._events:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._events.add_scalar(name.replace("_", "/", 1), value, step)
+
+    def close(self) -> None:
+        """Flushes everything and draws the picture."""
+        if self._file:
+            self._file.close()
+        if self._events:
+            self._events.close()
+        if self._directory and self._config.plot:
+            draw_losses(self._rows, self._directory / "loss.png")
+
+
+def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
+    """Training and evaluation loss over the steps, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, label, style in (("train_loss", "train", "-"), ("eval_loss", "evaluation", "o--")):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="loss (nats per trained token)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+class ProgressDisplay:
+    """A bar in a terminal, else a log line every so many steps: loss, learning rate, trained tokens/s, padding, time left."""
+
+    def __init__(self, config: LoggingConfig, num_steps: int, is_shown: bool):
+        mode = config.progress
+        if mode == "auto":
+            mode = "bar" if sys.stderr.isatty() else "lines"
+        self._mode = mode if is_shown else "off"
+        self._every, self._num_steps = config.every_steps, num_steps
+        self._started = time.monotonic()
+        self._first_step: int | None = None
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._mode == "bar":
+            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, TimeRemainingColumn())
+            self._task = self._bar.add_task("compiling", total=self._num_steps)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows a finished step (counted from 1)."""
+        if self._first_step is None:
+            self._first_step, self._started = step, time.monotonic()
+        text = (
+            f"loss {values['train_loss']:.4f}  lr {values['train_learning_rate']:.2e}  "
+            f"{values['train_tokens_per_second']:,.0f} trained tok/s  padding {values['train_padding_share']:.0%}"
+        )
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=text)
+        elif self._mode == "lines" and (step == 1 or step % self._every == 0 or step == self._num_steps):
+            log.info("step %d/%d  %s  %s left", step, self._num_steps, text, self._time_left(step))
+
+    def _time_left(self, step: int) -> str:
+        done = step - (self._first_step or 0)
+        if done <= 0:
+            return "?"
+        seconds = (time.monotonic() - self._started) / done * (self._num_steps - step)
+        return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"

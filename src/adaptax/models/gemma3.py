@@ -1,0 +1,210 @@
+"""Gemma 3 in flax nnx: one block, scanned over the layers.
+
+Axes: B batch, T query position, S key position, D width, N query heads, K key/value heads, G = N/K, H head size,
+F mlp width, V vocabulary, L layers, C = 2 (keys, values). Parameters of the block carry a leading L; the embedding is
+tied to the head, and calling the model gives hidden states: the head is applied by the loss and by generation.
+Source: the Gemma 3 report (arXiv 2503.19786) and transformers' ``modeling_gemma3.py``, which it equals in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from adaptax.models.gemma3_weights import Architecture
+
+_init = nnx.initializers.normal(0.02)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * (1 + scale), in float32."""
+
+    def __init__(self, size: int, eps: float, stack: tuple[int, ...]):
+        self.scale = nnx.Param(jnp.zeros((*stack, size)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x_f32 = x.astype(jnp.float32)
+        x_f32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + self.eps)
+        return (x_f32 * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class Einsum(nnx.Module):
+    """A projection with its weight as [in..., out...]; computed in the activation's type."""
+
+    def __init__(self, equation: str, shape: tuple[int, ...], stack: tuple[int, ...], rngs: nnx.Rngs):
+        self.equation = equation
+        self.w = nnx.Param(_init(rngs.params(), (*stack, *shape)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, arch: Architecture, stack: tuple[int, ...], rngs: nnx.Rngs):
+        D, N, K, H = arch.embed_dim, arch.num_heads, arch.num_kv_heads, arch.head_dim
+        self.q_einsum = Einsum("BTD,DNH->BTNH", (D, N, H), stack, rngs)
+        self.kv_einsum = Einsum("BSD,DCKH->CBSKH", (D, 2, K, H), stack, rngs)
+        self.attn_vec_einsum = Einsum("BTNH,NHD->BTD", (N, H, D), stack, rngs)
+        self.query_norm = RMSNorm(H, arch.norm_eps, stack)
+        self.key_norm = RMSNorm(H, arch.norm_eps, stack)
+        self.scale = arch.query_pre_attn_scalar**-0.5
+        self.num_kv_heads = K
+
+    def __call__(self, x_BTD: jax.Array, rope_BTH: tuple[jax.Array, jax.Array], mask_BTS: jax.Array) -> jax.Array:
+        q_BTNH = apply_rope(self.query_norm(self.q_einsum(x_BTD)), *rope_BTH)
+        k_BSKH, v_BSKH = self.kv_einsum(x_BTD)
+        k_BSKH = apply_rope(self.key_norm(k_BSKH), *rope_BTH)
+        return self.attn_vec_einsum(attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, self.scale))
+
+
+class MLP(nnx.Module):
+    """Gated GELU (tanh form)."""
+
+    def __init__(self, arch: Architecture, stack: tuple[int, ...], rngs: nnx.Rngs):
+        D, F = arch.embed_dim, arch.mlp_dim
+        self.gate_proj = Einsum("BTD,DF->BTF", (D, F), stack, rngs)
+        self.up_proj = Einsum("BTD,DF->BTF", (D, F), stack, rngs)
+        self.down_proj = Einsum("BTF,FD->BTD", (F, D), stack, rngs)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.gelu(self.gate_proj(x_BTD), approximate=True) * self.up_proj(x_BTD))
+
+
+class Block(nnx.Module):
+    """One layer; ``stack`` puts axes (the layers) before every parameter's own."""
+
+    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs, stack: tuple[int, ...] = ()):
+        self.attn = Attention(arch, stack, rngs)
+        self.mlp = MLP(arch, stack, rngs)
+        D, eps = arch.embed_dim, arch.norm_eps
+        self.pre_attention_norm, self.post_attention_norm = RMSNorm(D, eps, stack), RMSNorm(D, eps, stack)
+        self.pre_ffw_norm, self.post_ffw_norm = RMSNorm(D, eps, stack), RMSNorm(D, eps, stack)
+
+    def __call__(self, x_BTD: jax.Array, rope_BTH: tuple[jax.Array, jax.Array], mask_BTS: jax.Array) -> jax.Array:
+        x_BTD = x_BTD + self.post_attention_norm(self.attn(self.pre_attention_norm(x_BTD), rope_BTH, mask_BTS))
+        return x_BTD + self.post_ffw_norm(self.mlp(self.pre_ffw_norm(x_BTD)))
+
+    @staticmethod
+    def example_inputs(arch: Architecture) -> tuple[Any, ...]:
+        """Arguments of a call, the smallest there are: for tracing a block outside the model."""
+        rope = (jnp.zeros((1, 1, arch.head_dim // 2)), jnp.zeros((1, 1, arch.head_dim // 2)))
+        return jnp.zeros((1, 1, arch.embed_dim)), rope, jnp.ones((1, 1, 1), bool)
+
+
+class Embedder(nnx.Module):
+    """The tied embedding; rows are scaled by sqrt(D), rounded to the compute type as Gemma was trained."""
+
+    def __init__(self, arch: Architecture, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(_init(rngs.params(), (arch.vocab_size, arch.embed_dim)))
+
+    def __call__(self, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+        rows_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0).astype(dtype)
+        return rows_BTD * jnp.sqrt(rows_BTD.shape[-1]).astype(dtype)
+
+
+class Gemma3(nnx.Module):
+    """The text model. ``layers`` is one block whose parameters are stacked by layer.
+
+    Adapters (``nnx.LoRAParam``), when there are any, are stacked over the layers from ``first_adapted`` on; the layers
+    below it are run apart, so that nothing is kept of them for the backward pass.
+    """
+
+    def __init__(self, arch: Architecture, *, rngs: nnx.Rngs):
+        self.arch = arch
+        self.embedder = Embedder(arch, rngs)
+        self.layers = Block(arch, rngs=rngs, stack=(arch.num_layers,))
+        self.final_norm = RMSNorm(arch.embed_dim, arch.norm_eps, ())
+        self.first_adapted = 0
+        self.activation_sharding: jax.sharding.Sharding | None = None  # of [B, T, D]; None leaves it to the compiler
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array,
+        *,
+        dtype: Any = jnp.float32,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states after the final norm, [B, T, D].
+
+        Args:
+          tokens_BT: token ids.
+          positions_BT: position of each token in its document.
+          segments_BT: documents by number; a token sees only tokens of its own number.
+          dtype: compute type; weights are cast to it layer by layer.
+          dropout_key: for adapters made with dropout.
+        """
+        arch = self.arch
+        masks = attention_masks(positions_BT, segments_BT, arch.sliding_window)
+        ropes = (
+            rope_angles(positions_BT, arch.head_dim, arch.rope_theta_local, 1.0),
+            rope_angles(positions_BT, arch.head_dim, arch.rope_theta_global, arch.rope_factor),
+        )
+        graphdef, lora, weights = nnx.split(self.layers, nnx.LoRAParam, ...)
+        plain = nnx.graphdef(nnx.eval_shape(lambda: Block(arch, rngs=nnx.Rngs(0))))
+        is_global_L = jnp.array(arch.global_layers)
+
+        def layer(graphdef: Any, x_BTD: jax.Array, scanned: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
+            i, lora_i = scanned
+            weights_i = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), weights)
+            block = nnx.merge(graphdef, lora_i, weights_i)
+            if dropout_key is not None and lora_i:
+                block.set_attributes(qwix_rngs=nnx.Rngs(dropout=jax.random.fold_in(dropout_key, i)))
+            mask_BTS = jnp.where(is_global_L[i], *reversed(masks))
+            rope_BTH = jax.tree.map(lambda local, full: jnp.where(is_global_L[i], full, local), *ropes)
+            return self._shard(block(x_BTD, rope_BTH, mask_BTS)), None
+
+        x_BTD = self._shard(self.embedder(tokens_BT, dtype))
+        if self.first_adapted:
+            x_BTD, _ = jax.lax.scan(functools.partial(layer, plain), x_BTD, (jnp.arange(self.first_adapted), nnx.State({})))
+        adapted = jax.checkpoint(functools.partial(layer, graphdef), prevent_cse=False)
+        x_BTD, _ = jax.lax.scan(adapted, x_BTD, (jnp.arange(self.first_adapted, arch.num_layers), lora))
+        return self.final_norm(x_BTD)
+
+    def _shard(self, x_BTD: jax.Array) -> jax.Array:
+        if self.activation_sharding is None:
+            return x_BTD
+        return jax.lax.with_sharding_constraint(x_BTD, self.activation_sharding)
+
+
+def attention_masks(positions_BT: jax.Array, segments_BT: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
+    """(local, global) masks, [B, T, S]: causal, within a segment, and local to the last ``window`` keys."""
+    distance_BTS = positions_BT[:, :, None] - positions_BT[:, None, :]
+    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+    causal_BTS = same_BTS & (distance_BTS >= 0)
+    return causal_BTS & (distance_BTS < window), causal_BTS
+
+
+def attend(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float
+) -> jax.Array:
+    """Softmax attention, grouped heads, logits and softmax in float32. Returns [B, T, N, H]."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
+    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+
+
+def rope_angles(positions_BT: jax.Array, head_dim: int, theta: float, factor: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32, [B, T, H/2]."""
+    frequencies_H = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim) / factor
+    angles_BTH = positions_BT[..., None].astype(jnp.float32) * frequencies_H
+    return jnp.cos(angles_BTH), jnp.sin(angles_BTH)
+
+
+def apply_rope(x_BTNH: jax.Array, cos_BTH: jax.Array, sin_BTH: jax.Array) -> jax.Array:
+    """Rotates the two halves of each head against each other, in float32."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

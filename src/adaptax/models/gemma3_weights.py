@@ -1,0 +1,246 @@
+"""Gemma 3 as its checkpoints tell it: numbers of each size, config.json, tensor names. No jax here.
+
+Numbers: google/gemma-3-*-it ``config.json``; defaults of absent values: transformers' ``Gemma3TextConfig``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from adaptax.config import UserError
+
+DEFAULT_SOURCES = {size: f"google/gemma-3-{size}-it" for size in ("270m", "1b", "4b", "12b", "27b")}
+DEFAULT_SOURCES["tiny"] = "embedded:gemma3_tiny"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers of one Gemma 3. Axis letters in brackets."""
+
+    num_layers: int  # [L]
+    embed_dim: int  # [D]
+    mlp_dim: int  # [F]
+    num_heads: int  # [N] query heads
+    num_kv_heads: int  # [K]
+    head_dim: int  # [H]
+    vocab_size: int  # [V] rows of the embedding, padding rows included
+    sliding_window: int  # a local query sees this many keys, itself included
+    query_pre_attn_scalar: float  # attention logits are scaled by its inverse square root
+    global_layers: tuple[bool, ...]  # one flag per layer
+    rope_theta_local: float = 10_000.0
+    rope_theta_global: float = 1_000_000.0
+    rope_factor: float = 1.0  # positions are divided by it on global layers
+    norm_eps: float = 1e-6
+    is_multimodal: bool = False  # its checkpoints are Gemma3ForConditionalGeneration with a vision tower
+
+
+def _every(period: int, num_layers: int) -> tuple[bool, ...]:
+    return tuple((i + 1) % period == 0 for i in range(num_layers))
+
+
+def _size(num_layers: int, embed_dim: int, mlp_dim: int, num_heads: int, num_kv_heads: int) -> Architecture:
+    return Architecture(
+        num_layers=num_layers,
+        embed_dim=embed_dim,
+        mlp_dim=mlp_dim,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=256,
+        vocab_size=262_144,
+        sliding_window=512,
+        query_pre_attn_scalar=256,
+        global_layers=_every(6, num_layers),
+    )
+
+
+_MULTIMODAL = {"vocab_size": 262_208, "sliding_window": 1024, "rope_factor": 8.0, "is_multimodal": True}
+
+SIZES: dict[str, Architecture] = {
+    "270m": _size(18, 640, 2048, 4, 1),
+    "1b": _size(26, 1152, 6912, 4, 1),
+    "4b": replace(_size(34, 2560, 10_240, 8, 4), **_MULTIMODAL),
+    "12b": replace(_size(48, 3840, 15_360, 16, 8), **_MULTIMODAL),
+    "27b": replace(_size(62, 5376, 21_504, 32, 16), head_dim=128, query_pre_attn_scalar=168, **_MULTIMODAL),
+    "tiny": replace(_size(6, 128, 512, 4, 1), head_dim=32, vocab_size=2048, sliding_window=32, query_pre_attn_scalar=32),
+}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A projection: its tensors in a checkpoint, each [out, in], and its weight here, [in..., out...].
+
+    Several tensors are joined on a new first output axis (keys and values in ``kv_einsum``).
+    """
+
+    tensors: tuple[str, ...]
+    in_axes: str
+    out_axes: str
+
+
+# The modules that adapters may go to, by path within a layer.
+LINEARS: dict[str, Linear] = {
+    "attn/q_einsum": Linear(("self_attn.q_proj",), "D", "NH"),
+    "attn/kv_einsum": Linear(("self_attn.k_proj", "self_attn.v_proj"), "D", "CKH"),
+    "attn/attn_vec_einsum": Linear(("self_attn.o_proj",), "NH", "D"),
+    "mlp/gate_proj": Linear(("mlp.gate_proj",), "D", "F"),
+    "mlp/up_proj": Linear(("mlp.up_proj",), "D", "F"),
+    "mlp/down_proj": Linear(("mlp.down_proj",), "F", "D"),
+}
+
+NORMS: dict[str, tuple[str, str]] = {  # path within a layer -> tensor name, axis
+    "pre_attention_norm": ("input_layernorm", "D"),
+    "post_attention_norm": ("post_attention_layernorm", "D"),
+    "pre_ffw_norm": ("pre_feedforward_layernorm", "D"),
+    "post_ffw_norm": ("post_feedforward_layernorm", "D"),
+    "attn/query_norm": ("self_attn.q_norm", "H"),
+    "attn/key_norm": ("self_attn.k_norm", "H"),
+}
+
+EMBEDDING, FINAL_NORM = "embedder/embedding", "final_norm/scale"
+VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.")  # left out: text is all that is trained
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+
+
+def axis_sizes(arch: Architecture) -> dict[str, int]:
+    """Axis letter -> size."""
+    letters = {"D": arch.embed_dim, "F": arch.mlp_dim, "N": arch.num_heads, "K": arch.num_kv_heads}
+    return letters | {"H": arch.head_dim, "V": arch.vocab_size, "L": arch.num_layers, "C": 2}
+
+
+def module_paths(arch: Architecture) -> list[str]:
+    """Every path that ``lora_module_path`` may match: ``layers/0/attn/q_einsum``, ..."""
+    return [f"layers/{i}/{kind}" for i in range(arch.num_layers) for kind in LINEARS]
+
+
+def text_prefix(names: Mapping[str, Any] | set[str]) -> str | None:
+    """The part of the tensor names before ``embed_tokens``: which of the three layouts this checkpoint has."""
+    return next((prefix for prefix in TEXT_PREFIXES if f"{prefix}embed_tokens.weight" in names), None)
+
+
+def tensor_shapes(arch: Architecture, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint must hold, with its shape (linear weights are [out, in])."""
+    sizes = axis_sizes(arch)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{prefix}embed_tokens.weight": (arch.vocab_size, arch.embed_dim),
+        f"{prefix}norm.weight": (arch.embed_dim,),
+    }
+    for i in range(arch.num_layers):
+        for linear in LINEARS.values():
+            rows, columns = _product(linear.out_axes.lstrip("C"), sizes), _product(linear.in_axes, sizes)
+            shapes |= {f"{prefix}layers.{i}.{name}.weight": (rows, columns) for name in linear.tensors}
+        for name, axis in NORMS.values():
+            shapes[f"{prefix}layers.{i}.{name}.weight"] = (sizes[axis],)
+    return shapes
+
+
+def _product(axes: str, sizes: Mapping[str, int]) -> int:
+    product = 1
+    for axis in axes:
+        product *= sizes[axis]
+    return product
+
+
+def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
+    """The numbers in a checkpoint's ``config.json``, old and new spellings, absent values at their defaults.
+
+    Raises:
+      UserError: it is not a Gemma 3, or asks for something this model does not do.
+    """
+    model_type = config.get("model_type")
+    if model_type not in ("gemma3", "gemma3_text"):
+        raise UserError(f"{source}: model_type is {model_type!r}, not gemma3 or gemma3_text")
+    text = config.get("text_config", {}) if model_type == "gemma3" else config
+    _refuse_unsupported(text, source)
+    num_layers = text.get("num_hidden_layers", 26)
+    theta_local, theta_global, factor = _read_rope(text, source)
+    return Architecture(
+        num_layers=num_layers,
+        embed_dim=text.get("hidden_size", 2304),
+        mlp_dim=text.get("intermediate_size", 9216),
+        num_heads=text.get("num_attention_heads", 8),
+        num_kv_heads=text.get("num_key_value_heads", 4),
+        head_dim=text.get("head_dim", 256),
+        vocab_size=text.get("vocab_size", 262_208),
+        sliding_window=text.get("sliding_window") or 4096,
+        query_pre_attn_scalar=text.get("query_pre_attn_scalar", 256),
+        global_layers=_read_global_layers(text, num_layers, source),
+        rope_theta_local=theta_local,
+        rope_theta_global=theta_global,
+        rope_factor=factor,
+        norm_eps=text.get("rms_norm_eps", 1e-6),
+        is_multimodal=model_type == "gemma3",
+    )
+
+
+def _refuse_unsupported(text: Mapping[str, Any], source: str) -> None:
+    wanted: dict[str, tuple[Any, ...]] = {
+        "attn_logit_softcapping": (None,),
+        "final_logit_softcapping": (None,),
+        "use_bidirectional_attention": (None, False),
+        "attention_bias": (None, False),
+        "tie_word_embeddings": (None, True),
+        "hidden_activation": (None, "gelu_pytorch_tanh"),
+    }
+    for key, values in wanted.items():
+        if text.get(key) not in values:
+            raise UserError(f"{source}: {key}={text[key]} is not supported (Gemma 3 has {values[-1]})")
+
+
+def _read_global_layers(text: Mapping[str, Any], num_layers: int, source: str) -> tuple[bool, ...]:
+    types = text.get("layer_types")
+    if types is None:
+        return _every(text.get("sliding_window_pattern", text.get("_sliding_window_pattern", 6)), num_layers)
+    if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{source}: layer_types must be {num_layers} of full_attention or sliding_attention")
+    return tuple(kind == "full_attention" for kind in types)
+
+
+def _read_rope(text: Mapping[str, Any], source: str) -> tuple[float, float, float]:
+    """(local theta, global theta, linear factor on global layers)."""
+    by_kind = text.get("rope_parameters") or {}
+    local, full = by_kind.get("sliding_attention") or {}, dict(by_kind.get("full_attention") or {})
+    full |= text.get("rope_scaling") or {}
+    for name, rope, allowed in (("local", local, ("default",)), ("global", full, ("default", "linear"))):
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in allowed:
+            raise UserError(f"{source}: rope_type {kind!r} on {name} layers is not supported (Gemma 3 has {allowed[-1]})")
+    theta_local = local.get("rope_theta", text.get("rope_local_base_freq", 10_000.0))
+    theta_global = full.get("rope_theta", text.get("rope_theta", 1_000_000.0))
+    return float(theta_local), float(theta_global), float(full.get("factor") or 1.0)
+
+
+def parameter_axes(arch: Architecture) -> dict[str, str]:
+    """Axis letters of every parameter of the stacked model, by path: the border between checkpoints and meshes."""
+    axes = {EMBEDDING: "VD", FINAL_NORM: "D"}
+    axes |= {f"layers/{path}/scale": f"L{axis}" for path, (_, axis) in NORMS.items()}
+    axes |= {f"layers/{kind}/w": f"L{linear.in_axes}{linear.out_axes}" for kind, linear in LINEARS.items()}
+    return axes
+
+
+def adapter_axes(kind: str) -> tuple[str, str]:
+    """Axis letters of the stacked A and B of a module kind; R is the rank."""
+    linear = LINEARS[kind]
+    return f"L{linear.in_axes}R", f"LR{linear.out_axes}"
+
+
+def tensor_names(path: str, arch: Architecture, prefix: str) -> list[list[str]]:
+    """The checkpoint tensors behind a parameter: one list per layer (a single one for unstacked parameters)."""
+    if path == EMBEDDING:
+        return [[f"{prefix}embed_tokens.weight"]]
+    if path == FINAL_NORM:
+        return [[f"{prefix}norm.weight"]]
+    inner = path.removeprefix("layers/").rpartition("/")[0]
+    names = LINEARS[inner].tensors if inner in LINEARS else (NORMS[inner][0],)
+    return [[f"{prefix}layers.{i}.{name}.weight" for name in names] for i in range(arch.num_layers)]
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a tensor belongs to the vision tower, which is not trained and not loaded."""
+    return name.removeprefix("model.").startswith(VISION_PREFIXES)
+
+
+def peft_module_prefix(arch: Architecture) -> str:
+    """Where transformers keeps the text model's layers, as PEFT spells it."""
+    return "model.language_model." if arch.is_multimodal else "model."

@@ -1,0 +1,109 @@
+"""Optimizers and learning-rate schedules: one function and one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from adaptax.config import OptimizerConfig, ScheduleConfig, UserError
+
+
+def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    b1, b2, eps = _need(config, "beta1"), _need(config, "beta2"), _need(config, "eps")
+    return optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=config.weight_decay)
+
+
+def _lion(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.lion(schedule, b1=_need(config, "beta1"), b2=_need(config, "beta2"), weight_decay=config.weight_decay)
+
+
+def _adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    # Without relative step sizes: B starts at zero, and a step relative to its size would never leave it.
+    factor = optax.adafactor(schedule, multiply_by_parameter_scale=False, momentum=config.momentum or None)
+    decay = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(schedule))
+    if config.weight_decay == 0:
+        return per_layer(factor)
+    return _with_decay(per_layer(factor), decay)
+
+
+def _sgd(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    sgd = optax.sgd(schedule, momentum=config.momentum or None)
+    decay = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(schedule))
+    return _with_decay(sgd, decay) if config.weight_decay else sgd
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+}
+
+SCHEDULES: dict[str, Callable[[float, float, int], optax.Schedule]] = {  # (peak, final, steps) after warm-up
+    "constant": lambda peak, final, steps: optax.constant_schedule(peak),
+    "linear": optax.linear_schedule,
+    "cosine": lambda peak, final, steps: optax.cosine_decay_schedule(peak, steps, alpha=final / peak),
+}
+
+
+def build_schedule(config: ScheduleConfig, learning_rate: float, num_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear from 0 over the warm-up, then the named shape down to its final share at the end."""
+    if config.warmup_steps >= num_steps and config.warmup_steps > 0:
+        raise UserError(f"schedule.warmup_steps={config.warmup_steps} must be less than the run's {num_steps} steps")
+    steps = num_steps - config.warmup_steps
+    main = SCHEDULES[config.name](learning_rate, learning_rate * config.final_fraction, steps)
+    if config.warmup_steps == 0:
+        return main
+    # Step k of the warm-up runs at (k + 1) / warmup of the peak: no step is spent at a rate of zero.
+    warmup = optax.linear_schedule(learning_rate / config.warmup_steps, learning_rate, config.warmup_steps - 1)
+    return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def build_optimizer(
+    config: OptimizerConfig, schedule_config: ScheduleConfig, num_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The update rule behind clipping by global norm, and its learning rate by step."""
+    schedule = build_schedule(schedule_config, config.learning_rate, num_steps)
+    rule = OPTIMIZERS[config.name](config, schedule)
+    if config.max_grad_norm is None:
+        return rule, schedule
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule), schedule
+
+
+def per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Applies a rule to every layer of every stacked array by itself, as if they had never been stacked."""
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(jax.vmap(rule.init), params)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        leaves, tree = jax.tree.flatten(grads)
+        states, arrays = tree.flatten_up_to(state), tree.flatten_up_to(params)
+        done = [jax.vmap(rule.update)(g, s, p) for g, s, p in zip(leaves, states, arrays, strict=True)]
+        return tree.unflatten([u for u, _ in done]), tree.unflatten([s for _, s in done])
+
+    return optax.GradientTransformation(init, update)
+
+
+def _with_decay(rule: optax.GradientTransformation, decay: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Adds a decoupled decay, -rate * decay * weight, to a rule that has none."""
+
+    def init(params: Any) -> Any:
+        return rule.init(params), decay.init(params)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, rule_state = rule.update(grads, state[0], params)
+        decays, decay_state = decay.update(jax.tree.map(lambda g: g * 0, grads), state[1], params)
+        return jax.tree.map(lambda u, d: u + d, updates, decays), (rule_state, decay_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _need(config: OptimizerConfig, key: str) -> float:
+    value = getattr(config, key)
+    if value is None:
+        raise UserError(f"optimizer.{key} must be a number for optimizer.name={config.name}, not null")
+    return value

@@ -1,0 +1,94 @@
+"""What a run tells of itself: what is adapted, what it costs, what it learned."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from adaptax.config import ModelConfig
+from adaptax.lora import LoraSpec, adapter_shapes
+from adaptax.models import Architecture, Family
+
+log = logging.getLogger(__name__)
+GIB = 2**30
+
+
+def log_table(table: Table) -> None:
+    """Logs a table, so that it stands in the terminal and in the log file alike."""
+    out = io.StringIO()
+    Console(file=out, width=110).print(table)
+    log.info("\n%s", out.getvalue().rstrip())
+
+
+def describe_adapters(config: ModelConfig, family: Family, arch: Architecture, spec: LoraSpec) -> None:
+    """The start-up table: pattern, matched modules by kind, trainable and total parameters."""
+    sizes = family.checkpoint.axis_sizes(arch)
+    shapes = adapter_shapes(family, arch, spec)
+    total = sum(math.prod(sizes[a] for a in axes) for axes in family.checkpoint.parameter_axes(arch).values())
+    trainable = {kind: 0 for kind in spec.layers}
+    for path, (shape, _) in shapes.items():
+        trainable[path.removeprefix("layers/").rpartition("/")[0]] += math.prod(shape)
+    table = Table(title=f"{config.model_family} {config.model_size}, adapters at {config.lora_module_path}")
+    for column in ("module kind", "layers", "trainable"):
+        table.add_column(column, justify="left" if column == "module kind" else "right")
+    for kind, layers in spec.layers.items():
+        table.add_row(kind, f"{len(layers)} of {arch.num_layers}", f"{trainable[kind]:,}")
+    count = sum(trainable.values())
+    table.caption = (
+        f"rank {spec.rank}, alpha {spec.alpha:g} (scale {spec.alpha / spec.rank:g}); "
+        f"{count:,} trainable beside {total:,} frozen parameters ({count / (count + total):.2%})"
+    )
+    log_table(table)
+    if not 4 <= spec.rank <= 128:
+        log.warning("model.lora_rank=%d is outside the usual 4 to 128", spec.rank)
+    if spec.alpha != spec.rank:
+        log.warning(
+            "updates are scaled by lora_alpha / lora_rank = %g; model.lora_alpha=null keeps alpha at the rank",
+            spec.alpha / spec.rank,
+        )
+
+
+def describe_memory(
+    compiled: jax.stages.Compiled, base: Mapping[str, jax.ShapeDtypeStruct], state: object, seconds: float
+) -> None:
+    """One line: what the compiled step takes on each device, told before the weights are read."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return
+    base_bytes = sum(_local_bytes(leaf) for leaf in base.values())
+    state_bytes = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state))
+    peak = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    peak += analysis.temp_size_in_bytes
+    log.info(
+        "step compiled in %.1f s; per device: base weights %.2f GiB, adapters and optimizer %.2f GiB, "
+        "activations and temporaries %.2f GiB, peak %.2f GiB",
+        seconds,
+        base_bytes / GIB,
+        state_bytes / GIB,
+        analysis.temp_size_in_bytes / GIB,
+        peak / GIB,
+    )
+
+
+def _local_bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
+    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+    itemsize = leaf.dtype.itemsize if hasattr(leaf.dtype, "itemsize") else 0
+    return math.prod(shape) * itemsize
+
+
+def show_answers(
+    prompts: Sequence[str], expected: Sequence[str], before: Sequence[str], after: Sequence[str], num_shown: int = 4
+) -> None:
+    """A few held-out answers side by side: expected, before and after training."""
+    table = Table(title="held-out rows", show_lines=True)
+    for column in ("request", "expected", "before", "after"):
+        table.add_column(column, overflow="fold")
+    for row in list(zip(prompts, expected, before, after, strict=True))[:num_shown]:
+        table.add_row(*(text.replace("[", r"\[") for text in row))
+    log_table(table)

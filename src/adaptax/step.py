@@ -1,0 +1,132 @@
+"""The training and evaluation steps: pure functions over pytrees, compiled once.
+
+The frozen base is an argument beside the state: it is not differentiated, not donated and never copied.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from adaptax.lora import Arrays, LoraSpec, merge_model
+from adaptax.loss import cross_entropy
+from adaptax.mesh import replicated
+
+Batch = dict[str, jax.Array]  # tokens, targets, loss_mask, segments, positions: each [A, B, T], A accumulated
+HEAD = "embedder/embedding"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that training changes."""
+
+    adapters: Arrays  # float32, stacked by layer
+    optimizer: Any
+    step: jax.Array
+    key: jax.Array  # of dropout; the key of a step is folded from it
+    num_nonfinite: jax.Array  # steps skipped so far
+    nonfinite_in_row: jax.Array
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the steps close over: all static."""
+
+    graphdef: nnx.GraphDef
+    spec: LoraSpec | None
+    dtype: Any
+    mesh: Mesh
+
+
+def init_state(adapters: Arrays, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """The state before the first step; moments lie where their adapters lie."""
+    by_path = {path: array.sharding for path, array in adapters.items()}
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in by_path]
+        same_shape = names and leaf.shape == adapters[names[-1]].shape
+        return by_path[names[-1]] if same_shape else replicated(mesh)
+
+    shapes = jax.eval_shape(optimizer.init, adapters)
+    shardings = jax.tree_util.tree_map_with_path(place, shapes)
+    moments = jax.jit(optimizer.init, out_shardings=shardings)(adapters)
+    zero = functools.partial(jax.device_put, device=replicated(mesh))
+    return TrainState(
+        adapters, moments, zero(jnp.int32(0)), zero(jax.random.key(seed)), zero(jnp.int32(0)), zero(jnp.int32(0))
+    )
+
+
+def build_train_step(
+    program: Program, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """``(state, base, batch) -> (state, metrics)``, jitted; the state is donated.
+
+    The loss is the sum over the supervised tokens of all accumulated micro-batches and devices over their count. A step
+    whose loss or gradient is not finite leaves adapters and moments as they were and is counted.
+    """
+
+    def train_step(state: TrainState, base: Arrays, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        step_key = jax.random.fold_in(state.key, state.step)
+        dropout = program.spec is not None and program.spec.dropout > 0
+
+        def accumulate(total: tuple[jax.Array, Arrays], micro: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            key = jax.random.fold_in(step_key, micro[0]) if dropout else None
+            loss, grads = jax.value_and_grad(_sum_loss)(state.adapters, base, micro[1], program, key)
+            return jax.tree.map(jnp.add, total, (loss, grads)), None
+
+        zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.adapters)
+        (loss, grads), _ = jax.lax.scan(accumulate, zeros, (jnp.arange(batch["tokens"].shape[0]), batch))
+        num_tokens = batch["loss_mask"].sum()
+        loss, grads = jax.tree.map(lambda x: x / jnp.maximum(num_tokens, 1), (loss, grads))
+
+        grad_norm = optax.global_norm(grads)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, moments = optimizer.update(grads, state.optimizer, state.adapters)
+        new = optax.apply_updates(state.adapters, updates), moments
+        adapters, moments = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old), new, (state.adapters, state.optimizer)
+        )
+        in_row = jnp.where(is_finite, 0, state.nonfinite_in_row + 1)
+        num_nonfinite = state.num_nonfinite + jnp.where(is_finite, 0, 1)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "num_supervised": num_tokens,
+            "num_tokens": (batch["segments"] > 0).sum(),
+            "num_nonfinite": num_nonfinite,
+            "nonfinite_in_row": in_row,
+        }
+        return TrainState(adapters, moments, state.step + 1, state.key, num_nonfinite, in_row), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def build_eval_step(program: Program) -> Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array]]:
+    """``(adapters, base, batch) -> (summed loss, supervised tokens)``, jitted, without dropout."""
+
+    def eval_step(adapters: Arrays, base: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def add(total: jax.Array, micro: Batch) -> tuple[jax.Array, None]:
+            return total + _sum_loss(adapters, base, micro, program, None), None
+
+        loss, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), batch)
+        return loss, batch["loss_mask"].sum()
+
+    return jax.jit(eval_step)
+
+
+def _sum_loss(adapters: Arrays, base: Arrays, batch: Batch, program: Program, key: jax.Array | None) -> jax.Array:
+    model = merge_model(program.graphdef, base, adapters, program.spec, program.dtype)
+    hidden_BTD = model(
+        batch["tokens"], batch["positions"], batch["segments"], dtype=program.dtype, dropout_key=key
+    )
+    return cross_entropy(hidden_BTD, base[HEAD], batch["targets"], batch["loss_mask"], program.mesh)

@@ -1,0 +1,259 @@
+"""Base weights: where they come from, and the way from safetensors files to their stacked, sharded places."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+
+from adaptax.config import UserError
+from adaptax.mesh import partition
+from adaptax.models import Architecture
+
+HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.model")
+PIECE_BYTES = 64 << 20  # the most that is read at once, so that host memory stays near the weights' own size
+DTYPES = ("F32", "BF16", "F16")
+_QUICKSTART = "python run_training.py +experiment=quickstart runs without a download"
+
+
+def fetch_weights(source: str) -> Path | None:
+    """The directory of a source: itself, or the hub's snapshot (downloaded, or cached). None for ``random``.
+
+    The token is read from the environment (``HF_TOKEN``) or the hub's own login; ``HF_HUB_OFFLINE`` is honoured.
+
+    Raises:
+      UserError: the source is neither, or the hub does not hand it out.
+    """
+    if source == "random":
+        return None
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith((".", "/", "~")):
+        raise UserError(f"model.weights={source}: no such directory, and not a hub id such as google/gemma-3-1b-it")
+    return _download(source)
+
+
+def _download(repo: str) -> Path:
+    import huggingface_hub as hub  # slow to import, needed for hub ids alone
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{repo}"
+    try:
+        return Path(hub.snapshot_download(repo, allow_patterns=list(HUB_FILES)))
+    except errors.GatedRepoError:
+        problem = f"is gated: accept its licence at {page}, then set HF_TOKEN or run `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        problem = f"does not exist or is private: look at {page}, and set HF_TOKEN or run `hf auth login` if it is yours"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        problem = "is not in the local cache and the hub is out of reach: connect once, or set model.weights=DIRECTORY"
+    except (errors.HfHubHTTPError, OSError) as error:
+        problem = f"could not be fetched from {page} ({type(error).__name__}): try again, or set model.weights=DIRECTORY"
+    raise UserError(f"model.weights={repo} {problem}; {_QUICKSTART}")
+
+
+def describe_weights(
+    directory: Path | None, arch: Architecture, family: ModuleType, mesh: Mesh, dtype: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What :func:`load_weights` will make, from the files' headers alone: path -> shape, type and sharding.
+
+    Arrays are kept in the compute type, or in the checkpoint's own bfloat16 where that is narrower.
+
+    Args:
+      directory: safetensors files; None for random weights.
+      arch: the model's numbers.
+      family: the family's checkpoint module, such as ``gemma3_weights``.
+      mesh: where the arrays go.
+      dtype: compute type.
+
+    Raises:
+      UserError: listing every tensor that is missing, unexpected or of another shape.
+    """
+    sizes, files, prefix = family.axis_sizes(arch), {}, ""
+    if directory is not None:
+        files = _list_tensors(directory)
+        prefix = _check_tensors(directory, files, arch, family)
+    described = {}
+    for path, axes in family.parameter_axes(arch).items():
+        names = family.tensor_names(path, arch, prefix)
+        is_bfloat16 = directory is not None and files[names[0][0]].dtype == "BF16"
+        shape = tuple(sizes[axis] for axis in axes)
+        kept = ml_dtypes.bfloat16 if is_bfloat16 else dtype
+        described[path] = jax.ShapeDtypeStruct(shape, kept, sharding=partition(axes, shape, mesh))
+    return described
+
+
+def load_weights(
+    directory: Path | None,
+    arch: Architecture,
+    family: ModuleType,
+    described: Mapping[str, jax.ShapeDtypeStruct],
+    seed: int,
+) -> dict[str, jax.Array]:
+    """The frozen base, as :func:`describe_weights` described it. Host memory stays near the size of the weights.
+
+    The last base stays in memory and is handed out again to the next job of a sweep that asks for the same.
+    """
+    stamp = [(f.path, f.path.stat().st_mtime_ns) for f in _list_tensors(directory).values()] if directory else seed
+    key = str((directory, arch, stamp, described))
+    if key not in _last_base:
+        _last_base.clear()
+        _last_base[key] = _read_weights(directory, arch, family, described) if directory else _draw(described, seed)
+    return _last_base[key]
+
+
+_last_base: dict[str, dict[str, jax.Array]] = {}
+
+
+def _read_weights(
+    directory: Path, arch: Architecture, family: ModuleType, described: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    files = _list_tensors(directory)
+    prefix, axes = family.text_prefix(files.keys()), family.parameter_axes(arch)
+    loaded = {}
+    for path, leaf in sorted(described.items(), key=lambda item: -item[1].size):
+        names = family.tensor_names(path, arch, prefix)
+        fill = functools.partial(_read_shard, files=files, names=names, axes=axes[path], leaf=leaf)
+        loaded[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, fill)
+    return loaded
+
+
+def _draw(described: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, jax.Array]:
+    """Random weights: normal with deviation 0.02, norms at zero, made in place on the mesh."""
+
+    def draw(key: jax.Array) -> dict[str, jax.Array]:
+        keys = dict(zip(sorted(described), jax.random.split(key, len(described)), strict=True))
+        return {
+            path: jnp.zeros(leaf.shape, leaf.dtype)
+            if path.endswith("scale")
+            else 0.02 * jax.random.normal(keys[path], leaf.shape, leaf.dtype)
+            for path, leaf in described.items()
+        }
+
+    shardings = {path: leaf.sharding for path, leaf in described.items()}
+    return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, from its file's header."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it
+
+
+def _list_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Tensor name -> where it lies, from one or many safetensors files."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{index}: file names must not leave the directory")
+        paths = [directory / name for name in names]
+    else:
+        paths = sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{directory} holds no *.safetensors file")
+    tensors = {}
+    for path in paths:
+        try:
+            with safe_open(path, "numpy") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    view = file.get_slice(name)
+                    tensors[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+    return tensors
+
+
+def _check_tensors(directory: Path, files: Mapping[str, StoredTensor], arch: Architecture, family: ModuleType) -> str:
+    """Accounts for every tensor; returns the prefix of the text model's names."""
+    prefix = family.text_prefix(files.keys())
+    if prefix is None:
+        raise UserError(f"{directory} holds no embed_tokens.weight under {', '.join(family.TEXT_PREFIXES)}")
+    expected = family.tensor_shapes(arch, prefix)
+    tied = {name for name in files if name.endswith("lm_head.weight")}  # a second copy of the embedding, if written
+    unexpected = [n for n in files if n not in expected and n not in tied and not family.is_left_out(n)]
+    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in files]
+    problems += [f"unexpected {name} {list(files[name].shape)}" for name in sorted(unexpected)]
+    for name, shape in expected.items():
+        if name in files and files[name].shape != shape:
+            problems.append(f"{name} is {list(files[name].shape)}, not {list(shape)}")
+        elif name in files and files[name].dtype not in DTYPES:
+            problems.append(f"{name} is of type {files[name].dtype}, not F32, BF16 or F16")
+    if problems:
+        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise UserError(f"{directory} does not hold this model, {len(problems)} of its tensors are wrong: {shown}")
+    return prefix
+
+
+def _read_shard(
+    index: tuple[slice, ...],
+    *,
+    files: Mapping[str, StoredTensor],
+    names: list[list[str]],
+    axes: str,
+    leaf: jax.ShapeDtypeStruct,
+) -> np.ndarray:
+    """One device's part of a stacked array, read piece by piece into a buffer that jax takes over without a copy."""
+    bounds = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
+    out = _aligned_empty(tuple(len(b) for b in bounds), leaf.dtype)
+    if not axes.startswith("L"):  # one tensor, as stored
+        for rows, piece in _read_rows(files[names[0][0]].path, names[0][0], bounds[0], leaf.shape[1:]):
+            out[rows.start - bounds[0].start : rows.stop - bounds[0].start] = piece[(slice(None), *index[1:])]
+        return out
+    for place, layer in enumerate(bounds[0]):
+        parts = [_read_whole(files[name].path, name) for name in names[layer]]
+        whole = parts[0] if len(axes) == 2 else join_linear(parts, axes[1:], leaf.shape[1:])
+        out[place] = whole[index[1:]]
+    return out
+
+
+def join_linear(parts: list[np.ndarray], axes: str, shape: tuple[int, ...]) -> np.ndarray:
+    """[out, in] tensors as one [in..., out...] weight; several are joined on axis C."""
+    if "C" not in axes:
+        return parts[0].T.reshape(shape)
+    place = axes.index("C")
+    single = shape[:place] + shape[place + 1 :]
+    return np.stack([part.T.reshape(single) for part in parts], axis=place)
+
+
+def split_linear(weight: np.ndarray, axes: str, num_in: int) -> list[np.ndarray]:
+    """The inverse of :func:`join_linear`: one [in..., out...] weight, whose first ``num_in`` axes are inputs, as tensors."""
+    parts = [weight] if "C" not in axes else list(np.moveaxis(weight, axes.index("C"), 0))
+    width = int(np.prod(weight.shape[:num_in]))
+    return [np.ascontiguousarray(part.reshape(width, -1).T) for part in parts]
+
+
+def _read_whole(path: Path, name: str) -> np.ndarray:
+    with safe_open(path, "numpy") as file:  # opened anew each time: mapped pages are given back at once
+        return file.get_tensor(name)
+
+
+def _read_rows(path: Path, name: str, rows: range, row: tuple[int, ...]) -> Iterator[tuple[range, np.ndarray]]:
+    step = max(1, PIECE_BYTES // (int(np.prod(row)) * 4))
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
+        with safe_open(path, "numpy") as file:
+            yield range(start, stop), file.get_slice(name)[start:stop]
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """A buffer on a 64-byte border, which the CPU backend uses as it is instead of copying it."""
+    num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.empty(num_bytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + num_bytes].view(dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""Trains with this checkout's own code and configuration: ``python run_training.py model=gemma3_1b data.train=chats.jsonl``."""
+"""Trains with this checkout's code and configuration: python run_training.py model=gemma3_1b data.train=chats.jsonl"""
 
 import sys
 from pathlib import Path

@@ -35,7 +35,7 @@ def build_text_model(seed: int = 0, **changes: Any) -> Any:
 
 
 def build_multimodal_model(seed: int = 0, **changes: Any) -> Any:
-    """A random ``Gemma3ForConditionalGeneration`` in the layout of 4b: rope factor 8 on global layers, padded vocabulary."""
+    """A random ``Gemma3ForConditionalGeneration`` as 4b: rope factor 8 on global layers, padded vocabulary."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
 
     rope = {

@@ -7,20 +7,24 @@ The only module that knows Hydra and OmegaConf. jax is imported after the config
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.types import RunMode
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.config_source import ConfigSource
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -39,20 +43,36 @@ def find_conf() -> str:
     return str(next(folder for folder in folders if (folder / "config.yaml").is_file()))
 
 
+def teach_hydra() -> None:
+    """Gives Hydra our schema, and lets ``# @package`` stand anywhere among a file's first comments, not on top only."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    read_header = ConfigSource._get_header_dict
+
+    def read_any_header(config_text: str) -> dict[str, str | None]:
+        comments = itertools.takewhile(lambda line: re.match(r"\s*(#|$)", line), config_text.splitlines())
+        return read_header("\n".join(line for line in comments if re.match(r"\s*#\s*@", line)))
+
+    ConfigSource._get_header_dict = staticmethod(read_any_header)
+
+
 def main() -> None:
     """Trains. Exit code 0 when all went well, 1 after an error, 2 after a misuse, 130 after Ctrl-C."""
     if sys.argv[1:2] == ["train"]:
         del sys.argv[1]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, and become one line below
-    ConfigStore.instance().store(name="schema", node=Config)
+    teach_hydra()
     try:
-        _check_arguments(sys.argv[1:])
+        sys.argv[1:] = _check_arguments(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=find_conf(), config_name="config")(_train)()
     except UserError as error:
         _fail(str(error))
+    except yaml.YAMLError as error:
+        _fail(f"not valid YAML: {error}")
     except MissingConfigException as error:
         _fail(_missing_choice(error))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if any(frame.f_code is _train.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise  # the run's own fault: the traceback is wanted
         _fail(_one_line(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -75,11 +95,12 @@ def _train(cfg: DictConfig) -> float:
         from adaptax import train
 
         return train.run(config, device_mesh, directory)
-    except UserError as error:
+    except (UserError, OmegaConfBaseException) as error:
+        message = str(error) if isinstance(error, UserError) else _one_line(error)
         if HydraConfig.get().mode == RunMode.RUN:
-            _fail(str(error))
-        print(f"error in job {HydraConfig.get().job.num}: {error}", file=sys.stderr)  # the sweep goes on
-        raise
+            _fail(message)
+        print(f"error in job {HydraConfig.get().job.num}: {message}", file=sys.stderr)  # the sweep goes on
+        raise UserError(message) from None
 
 
 def check_model(config: Config) -> None:
@@ -91,19 +112,26 @@ def check_model(config: Config) -> None:
     check_divisible(family.checkpoint.axis_sizes(arch), config.model.mesh_shape)
 
 
-def _check_arguments(arguments: list[str]) -> None:
-    """Refuses unknown keys (Hydra would take them after a ``+``), secrets, and what would unpickle a file."""
-    if any(a.startswith(("--experimental-rerun", "--experimental_rerun")) for a in arguments):
-        raise UserError("--experimental-rerun reads a pickle and is not supported; use the run's config.yaml instead")
+def _check_arguments(arguments: list[str]) -> list[str]:
+    """The arguments with the overrides in one piece, as Hydra wants them: a flag may stand between them.
+
+    Refuses unknown keys (Hydra would take them after a ``+``), secrets, and what would unpickle a file.
+    """
     secret = next((a for a in arguments if _SECRET.search(a)), None)
     if secret:
-        raise UserError(f"{secret.partition('=')[0]}: secrets do not go on the command line, where runs record them; set HF_TOKEN")
+        name = f"{secret.partition('=')[0]}: " if "=" in secret else ""
+        raise UserError(f"{name}secrets do not go on the command line, where runs record them; set HF_TOKEN")
+    flags = get_args_parser().parse_intermixed_args(arguments)
+    if flags.experimental_rerun is not None:
+        raise UserError("--experimental-rerun reads a pickle and is not supported; use the run's config.yaml instead")
     known = key_paths()
-    for override in OverridesParser.create().parse_overrides(get_args_parser().parse_args(arguments).overrides):
+    for override in OverridesParser.create().parse_overrides(flags.overrides):
         key = override.key_or_group
-        if key.partition(".")[0].partition("/")[0] == "hydra" or key in GROUPS or key in known:
-            continue
-        raise UserError(unknown_key(key, [*known, "experiment"]))
+        if key.partition(".")[0].partition("/")[0] != "hydra" and key not in GROUPS and key not in known:
+            raise UserError(unknown_key(key, [*known, "experiment"]))
+        if key in GROUPS and not override.is_delete() and isinstance(override.value(), (int, float, type(None))):
+            raise UserError(f"{key}={override.get_value_string()}: it must name a file of conf/{key}")
+    return [*flags.overrides, *(a for a in arguments if a not in flags.overrides)]
 
 
 def _missing_choice(error: MissingConfigException) -> str:
@@ -119,15 +147,27 @@ def _one_line(error: BaseException) -> str:
     parts: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        first, *rest = str(cause).splitlines() or [type(cause).__name__]
-        keys = [line.split(":", 1)[1].strip() for line in rest if line.strip().startswith("full_key:")]
-        unknown = re.match(r"Key '(\S+)' (?:not in|is not in struct)", first)
-        if unknown and keys:
-            parts.append(unknown_key(keys[0], key_paths()))
-        else:
-            parts.append(f"{keys[0]}: {first}" if keys else first.rstrip(": "))
+        key, said = "", []
+        for line in str(cause).splitlines() or [type(cause).__name__]:
+            if line.strip().startswith("full_key:"):
+                key = line.partition(":")[2].strip()
+            elif not re.match(r"\s*(reference|object)_type=", line):
+                said.append(re.sub(r": \w+ raised while composing config:$", "", line.strip()).rstrip(".: "))
+        if key and any(re.match(r"Key '\S+' (not in|is not in struct)", line) for line in said):
+            said[-1] = _unknown_key(key)
+        elif key:
+            said[-1] = f"{key}: {said[-1]}"
+        parts += said
         cause = cause.__cause__
+    if any(part.startswith("unknown key") for part in parts):  # that says it all, but for the file
+        parts = [part for part in parts if part.startswith(("In '", "unknown key"))]
     return ": ".join(dict.fromkeys(parts))
+
+
+def _unknown_key(key: str) -> str:
+    if key.partition(".")[0] == "experiment":
+        return "a file of conf/experiment needs the line '# @package _global_' among its first comments"
+    return unknown_key(key, key_paths())
 
 
 def _fail(message: str) -> NoReturn:

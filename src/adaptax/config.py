@@ -112,7 +112,7 @@ class TrainingConfig:
         "Held-out rows answered before and after training and scored by exact match; 0 for none.", minimum=0
     )
     max_nonfinite: int = knob("Stop after so many steps in a row with a non-finite loss or gradient.", minimum=1)
-    seed: int = knob("Seed of adapters, shuffling and dropout.", minimum=0)
+    seed: int = knob("Seed of adapters, shuffling and dropout.", minimum=0, maximum=2**32 - 1)
 
 
 @dataclass
@@ -157,11 +157,13 @@ def build(values: Mapping[str, Any]) -> Config:
     """
     problems: list[str] = []
     config = _build(Config, values, "", problems)
+    if config.model and "mesh_shape" in values["model"]:
+        problems += _check_mesh_shape(config.model.mesh_shape)
+    if config.model and isinstance(config.model.lora_module_path, str):
+        problems += _check_regex(config.model.lora_module_path)
+    problems += _check_paths(config.data) if config.data else []
     if problems:
         raise UserError("; ".join(problems))
-    _check_mesh_shape(config.model.mesh_shape)
-    _check_regex(config.model.lora_module_path)
-    _check_paths(config.data)
     return config
 
 
@@ -175,8 +177,10 @@ def _build(cls: type[T], values: Mapping[str, Any], prefix: str, problems: list[
         if name not in values:
             problems.append(f"{path} is missing")
         elif dataclasses.is_dataclass(hint):
-            section = values[name] if isinstance(values[name], Mapping) else {}
-            built[name] = _build(typing.cast(type, hint), section, f"{path}.", problems)
+            if isinstance(values[name], Mapping):
+                built[name] = _build(typing.cast(type, hint), values[name], f"{path}.", problems)
+            else:
+                problems.append(f"{path} must be a group of keys, not {values[name]!r}")
         else:
             built[name], problem = _check_value(path, values[name], hint, f.metadata)
             problems += [problem] if problem else []
@@ -196,7 +200,7 @@ def _check_value(path: str, value: Any, hint: Any, limits: Mapping[str, Any]) ->
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         return value, f"{path} must be {_kind_name(kind)}, not {value!r}"
     if limits["choices"] and value not in limits["choices"]:
-        return value, f"{path}={value}: {one_of(value, limits['choices'])}"
+        return value, f"{path}={value}: {one_of(str(value), limits['choices'])}"
     if kind is float and not math.isfinite(value):
         return value, f"{path} must be finite, not {value}"
     for name, is_bad, words in (
@@ -205,7 +209,7 @@ def _check_value(path: str, value: Any, hint: Any, limits: Mapping[str, Any]) ->
         ("maximum", lambda v, x: v > x, "at most"),
     ):
         if limits[name] is not None and is_bad(value, limits[name]):
-            return value, f"{path} must be {words} {limits[name]:g}, not {value}"
+            return value, f"{path} must be {words} {limits[name]}, not {value}"
     return value, None
 
 
@@ -226,10 +230,13 @@ def key_paths(cls: type = Config, prefix: str = "") -> list[str]:
 def unknown_key(path: str, known: Iterable[str]) -> str:
     """The one line that says that a key is unknown, with the closest known one."""
     known = list(known)
-    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    if not close:  # right key, wrong or missing group
-        leaf = path.rpartition(".")[2]
-        close = [k for k in known if k.rpartition(".")[2] == leaf][:1]
+    group, _, leaf = path.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if group and k.rpartition(".")[0] == group}
+    close = [k for k in known if k.rpartition(".")[2] == leaf][:1]  # right key, wrong or missing group
+    if not close and siblings:
+        close = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.55)]
+    elif not close:
+        close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}?" if close else "see --cfg job for every key"
     return f"unknown key {path}: {hint}"
 
@@ -260,22 +267,24 @@ def check_divisible(sizes: Mapping[str, int], mesh_shape: Any) -> None:
             )
 
 
-def _check_mesh_shape(shape: Any) -> None:
+def _check_mesh_shape(shape: Any) -> list[str]:
     form = 'model.mesh_shape must be [[fsdp, tp], ["fsdp", "tp"]], such as [[2, 4], ["fsdp", "tp"]]'
     is_pair = isinstance(shape, list) and len(shape) == 2 and all(isinstance(part, list) for part in shape)
     if not is_pair or len(shape[0]) != 2 or len(shape[1]) != 2:
-        raise UserError(f"{form}, not {shape}")
+        return [f"{form}, not {shape}"]
     if sorted(map(str, shape[1])) != sorted(MESH_AXES):
-        raise UserError(f"{form}: the axis names are fsdp and tp, not {', '.join(map(str, shape[1]))}")
+        return [f"{form}: the axis names are fsdp and tp, not {', '.join(map(str, shape[1]))}"]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in shape[0]):
-        raise UserError(f"{form}: the sizes are whole numbers from 1, not {shape[0]}")
+        return [f"{form}: the sizes are whole numbers from 1, not {shape[0]}"]
+    return []
 
 
-def _check_regex(pattern: str) -> None:
+def _check_regex(pattern: str) -> list[str]:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise UserError(f"model.lora_module_path={pattern!r} is not a regular expression: {error}") from None
+        return [f"model.lora_module_path={pattern!r} is not a regular expression: {error}"]
+    return []
 
 
 def paths_of(value: Any) -> list[str]:
@@ -283,16 +292,21 @@ def paths_of(value: Any) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 
-def _check_paths(data: DataConfig) -> None:
+def locate(name: str) -> Path:
+    """The file of that name; ``embedded:`` names one that ships with the package."""
+    is_embedded = name.startswith("embedded:")
+    return Path(__file__).parent / "assets" / name[len("embedded:") :] if is_embedded else Path(name).expanduser()
+
+
+def _check_paths(data: DataConfig) -> list[str]:
+    problems = []
     for key in ("train", "eval"):
         value = getattr(data, key)
         is_list = isinstance(value, list) and value and all(isinstance(p, str) for p in value)
         if not (value is None or isinstance(value, str) or is_list):
-            raise UserError(f"data.{key} must be a file or a list of files, not {value!r}")
-        for name in paths_of(value):
-            if not name.startswith("embedded:") and not Path(name).expanduser().is_file():
-                raise UserError(f"data.{key}={name}: no such file")
+            problems.append(f"data.{key} must be a file or a list of files, not {value!r}")
+            continue
+        problems += [f"data.{key}={name}: no such file" for name in paths_of(value) if not locate(name).is_file()]
     if data.train is None:
-        raise UserError("data.train is not set: data.train=chats.jsonl, or +experiment=quickstart for a first try")
-
-
+        problems.append("data.train is not set: data.train=chats.jsonl, or +experiment=quickstart for a first try")
+    return problems

@@ -93,7 +93,7 @@ def peft_config(
 def _target_modules(
     tensors: Mapping[str, np.ndarray], spec: LoraSpec, family: Family, arch: Architecture
 ) -> list[str] | str:
-    """Suffixes where all layers are adapted; a regex where the vision tower has modules of the same name; else full names."""
+    """Suffixes where all layers are adapted; a regex where a vision tower has such modules too; else full names."""
     if any(len(layers) < arch.num_layers for layers in spec.layers.values()):
         modules = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in tensors}
         return sorted(modules)

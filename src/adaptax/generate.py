@@ -81,7 +81,7 @@ def build_decode(program: Program) -> Decode:
             places_B = jnp.where(ended_B, tokens_BT.shape[1], lengths_B)  # past the end: not written
             return i + 1, tokens_BT.at[rows_B, places_B].set(new_B, mode="drop"), lengths_B + ~ended_B, ended_B
 
-        _, tokens_BT, lengths_B, _ = jax.lax.while_loop(is_going, extend, (0, tokens_BT, lengths_B, ended_B))
+        _, tokens_BT, lengths_B, _ = jax.lax.while_loop(is_going, extend, (jnp.int32(0), tokens_BT, lengths_B, ended_B))
         return tokens_BT, lengths_B
 
     return jax.jit(decode)

@@ -64,7 +64,7 @@ def build_model(family: Family, arch: Architecture, spec: LoraSpec | None, mesh:
     return nnx.graphdef(nnx.eval_shape(make))
 
 
-def _wrap_block(module: Any, arch: Architecture, spec: LoraSpec, dropout: float) -> nnx.Module:
+def _wrap_block(module: Any, arch: Architecture, spec: LoraSpec, dropout: float) -> Any:
     rules = [
         qwix.LoraRule(module_path=re.escape(kind), rank=spec.rank, alpha=spec.alpha, dropout=dropout)
         for kind in spec.layers
@@ -72,7 +72,7 @@ def _wrap_block(module: Any, arch: Architecture, spec: LoraSpec, dropout: float)
     block = module.Block(arch, rngs=nnx.Rngs(0))
     rngs = nnx.Rngs(params=0, dropout=0)
     block = qwix.apply_lora_to_model(block, qwix.LoraProvider(rules), *block.example_inputs(arch), rngs=rngs)
-    made = {"/".join(path[:-1]) for path, _ in nnx.to_flat_state(nnx.state(block, nnx.LoRAParam))}
+    made = {"/".join(map(str, path[:-1])) for path, _ in nnx.to_flat_state(nnx.state(block, nnx.LoRAParam))}
     assert made == set(spec.layers), f"qwix adapted {sorted(made)}, not {sorted(spec.layers)}"
     return block
 
@@ -89,9 +89,10 @@ def adapter_shapes(family: Family, arch: Architecture, spec: LoraSpec) -> dict[s
 
 
 def init_adapters(family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh, seed: int) -> Arrays:
-    """Fresh float32 adapters on the mesh: A as PEFT's (kaiming uniform, a = sqrt 5, so U(-1/sqrt(in), 1/sqrt(in))), B zero.
+    """Fresh float32 adapters on the mesh: A uniform within 1/sqrt(in), B zero.
 
-    A module's values depend on the seed and its own path only: not on the mesh, nor on which others are adapted.
+    That is PEFT's initialisation (kaiming uniform, a = sqrt 5), so that its learning rates carry over. A module's values
+    depend on the seed and its own path only: not on the mesh, nor on which others are adapted.
     """
     shapes = adapter_shapes(family, arch, spec)
 

@@ -82,7 +82,7 @@ def _local(hidden_BTD, embedding_VD, targets_BT, mask_BT, *, with_gradient: bool
         hidden_CD = hidden_MD.at[index_C].get(mode="fill", fill_value=0)
         targets_C = targets_M.at[index_C].get(mode="fill", fill_value=0)
         loss_C, d_hidden_CD = _chunk_loss(hidden_CD, embedding_VD, targets_C, valid_C, with_gradient)
-        if with_gradient:
+        if d_hidden_CD is not None:
             index_C = jnp.where(valid_C, index_C, M)
             d_hidden_MD = d_hidden_MD.at[index_C].set(d_hidden_CD.astype(hidden_MD.dtype), mode="drop")
         return loss + jnp.sum(loss_C * valid_C), d_hidden_MD

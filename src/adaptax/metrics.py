@@ -76,7 +76,7 @@ def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 class ProgressDisplay:
-    """A bar in a terminal, else a log line every so many steps: loss, learning rate, trained tokens/s, padding, time left."""
+    """A bar in a terminal, else log lines: loss, learning rate, trained tokens/s, padding, time left."""
 
     def __init__(self, config: LoggingConfig, num_steps: int, is_shown: bool):
         mode = config.progress

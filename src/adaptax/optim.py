@@ -22,17 +22,16 @@ def _lion(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
 
 def _adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     # Without relative step sizes: B starts at zero, and a step relative to its size would never leave it.
-    factor = optax.adafactor(schedule, multiply_by_parameter_scale=False, momentum=config.momentum or None)
-    decay = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(schedule))
-    if config.weight_decay == 0:
-        return per_layer(factor)
-    return _with_decay(per_layer(factor), decay)
+    rule = optax.adafactor(None, multiply_by_parameter_scale=False, momentum=config.momentum or None)
+    return optax.chain(  # adafactor has turned the sign already
+        per_layer(rule), optax.add_decayed_weights(-config.weight_decay), optax.scale_by_schedule(schedule)
+    )
 
 
 def _sgd(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    sgd = optax.sgd(schedule, momentum=config.momentum or None)
-    decay = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.scale_by_learning_rate(schedule))
-    return _with_decay(sgd, decay) if config.weight_decay else sgd
+    momentum = optax.trace(config.momentum) if config.momentum else optax.identity()
+    decay = optax.add_decayed_weights(config.weight_decay)
+    return optax.chain(momentum, decay, optax.scale_by_learning_rate(schedule))
 
 
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig, optax.Schedule], optax.GradientTransformation]] = {
@@ -50,7 +49,7 @@ SCHEDULES: dict[str, Callable[[float, float, int], optax.Schedule]] = {  # (peak
 
 
 def build_schedule(config: ScheduleConfig, learning_rate: float, num_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 over the warm-up, then the named shape down to its final share at the end."""
+    """Learning rate by step: linear warm-up from 0, then the named shape down to its final share at the end."""
     if config.warmup_steps >= num_steps and config.warmup_steps > 0:
         raise UserError(f"schedule.warmup_steps={config.warmup_steps} must be less than the run's {num_steps} steps")
     steps = num_steps - config.warmup_steps
@@ -79,25 +78,11 @@ def per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformatio
     def init(params: Any) -> Any:
         return jax.tree.map(jax.vmap(rule.init), params)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        leaves, tree = jax.tree.flatten(grads)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        leaves, tree = jax.tree.flatten(updates)
         states, arrays = tree.flatten_up_to(state), tree.flatten_up_to(params)
         done = [jax.vmap(rule.update)(g, s, p) for g, s, p in zip(leaves, states, arrays, strict=True)]
         return tree.unflatten([u for u, _ in done]), tree.unflatten([s for _, s in done])
-
-    return optax.GradientTransformation(init, update)
-
-
-def _with_decay(rule: optax.GradientTransformation, decay: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Adds a decoupled decay, -rate * decay * weight, to a rule that has none."""
-
-    def init(params: Any) -> Any:
-        return rule.init(params), decay.init(params)
-
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, rule_state = rule.update(grads, state[0], params)
-        decays, decay_state = decay.update(jax.tree.map(lambda g: g * 0, grads), state[1], params)
-        return jax.tree.map(lambda u, d: u + d, updates, decays), (rule_state, decay_state)
 
     return optax.GradientTransformation(init, update)
 

@@ -17,6 +17,7 @@ from adaptax.models import Architecture, Family
 
 log = logging.getLogger(__name__)
 GIB = 2**30
+NUM_SHOWN = 4
 
 
 def log_table(table: Table) -> None:
@@ -82,13 +83,11 @@ def _local_bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
     return math.prod(shape) * itemsize
 
 
-def show_answers(
-    prompts: Sequence[str], expected: Sequence[str], before: Sequence[str], after: Sequence[str], num_shown: int = 4
-) -> None:
+def show_answers(prompts: Sequence[str], expected: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:
     """A few held-out answers side by side: expected, before and after training."""
     table = Table(title="held-out rows", show_lines=True)
     for column in ("request", "expected", "before", "after"):
         table.add_column(column, overflow="fold")
-    for row in list(zip(prompts, expected, before, after, strict=True))[:num_shown]:
+    for row in list(zip(prompts, expected, before, after, strict=True))[:NUM_SHOWN]:
         table.add_row(*(text.replace("[", r"\[") for text in row))
     log_table(table)

@@ -88,7 +88,7 @@ def build_train_step(
         num_tokens = batch["loss_mask"].sum()
         loss, grads = jax.tree.map(lambda x: x / jnp.maximum(num_tokens, 1), (loss, grads))
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, moments = optimizer.update(grads, state.optimizer, state.adapters)
         new = optax.apply_updates(state.adapters, updates), moments
@@ -126,7 +126,5 @@ def build_eval_step(program: Program) -> Callable[[Arrays, Arrays, Batch], tuple
 
 def _sum_loss(adapters: Arrays, base: Arrays, batch: Batch, program: Program, key: jax.Array | None) -> jax.Array:
     model = merge_model(program.graphdef, base, adapters, program.spec, program.dtype)
-    hidden_BTD = model(
-        batch["tokens"], batch["positions"], batch["segments"], dtype=program.dtype, dropout_key=key
-    )
+    hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"], dtype=program.dtype, dropout_key=key)
     return cross_entropy(hidden_BTD, base[HEAD], batch["targets"], batch["loss_mask"], program.mesh)

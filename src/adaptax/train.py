@@ -91,7 +91,9 @@ def run(config: Config, mesh: Mesh, directory: Path) -> float:
     log.info("base weights from %s; start-up took %.1f s", source, time.monotonic() - started)
 
     evaluate = functools.partial(evaluate_loss, build_eval_step(eval_program), base, eval_batches, mesh)
-    answer = functools.partial(answer_rows, build_decode(eval_program), base, held_out, config.training.exact_match_rows, mesh)
+    answer = functools.partial(
+        answer_rows, build_decode(eval_program), base, held_out, config.training.exact_match_rows, mesh
+    )
     metrics = MetricsLog(directory if job.is_main else None, config.logging)
     try:
         before = answer(state.adapters)
@@ -100,7 +102,9 @@ def run(config: Config, mesh: Mesh, directory: Path) -> float:
         compare_answers(tokenizer, before, answer(state.adapters), num_steps, metrics)
     finally:
         metrics.close()
-    log.info("done in %.0f s: final loss %.4f, adapter in %s", time.monotonic() - started, final_loss, directory / "adapter")
+    log.info(
+        "done in %.0f s: final loss %.4f, adapter in %s", time.monotonic() - started, final_loss, directory / "adapter"
+    )
     return final_loss
 
 
@@ -173,15 +177,17 @@ def find_dtype(name: str, mesh: Mesh) -> Any:
     return jnp.dtype(name)
 
 
-def build_batches(config: Config, mesh: Mesh, data: Dataset, held_out: Dataset) -> tuple[BatchSource, BatchSource | None]:
+def build_batches(
+    config: Config, mesh: Mesh, data: Dataset, held_out: Dataset
+) -> tuple[BatchSource, BatchSource | None]:
     """Training and evaluation batches of one padded length; says how large a global batch is."""
     training = config.training
     batch_size, length = training.micro_batch_size * mesh.shape["fsdp"], padded_length(data, held_out)
     make = functools.partial(BatchSource, batch_size=batch_size, length=length, seed=training.seed)
     batches = make(data, num_micro=training.gradient_accumulation_steps, shuffle=config.data.shuffle)
     log.info(
-        "%d rows to train, %d held out, %d supervised tokens; sequences of %d tokens; global batch %d = micro_batch_size %d "
-        "x fsdp %d x accumulation %d; %d steps per pass over the data",
+        "%d rows to train, %d held out, %d supervised tokens; sequences of %d tokens; "
+        "global batch %d = micro_batch_size %d x fsdp %d x accumulation %d; %d steps per pass over the data",
         len(data.examples),
         len(held_out.examples),
         data.num_supervised,
@@ -221,14 +227,15 @@ def nonfinite_report(step: int, values: dict[str, float]) -> str:
     """Why the run stops: the loss or gradient has not been finite for too long."""
     return (
         f"step {step}: loss {values['loss']} and gradient norm {values['grad_norm']} are not finite, for the "
-        f"{int(values['nonfinite_in_row'])}th step in a row ({int(values['num_nonfinite'])} in all); their updates were "
-        f"skipped. Lower optimizer.learning_rate, look at the rows, or use model.dtype=float32"
+        f"{int(values['nonfinite_in_row'])}th step in a row ({int(values['num_nonfinite'])} in all); their updates "
+        f"were skipped. Lower optimizer.learning_rate, look at the rows, or use model.dtype=float32"
     )
 
 
 def save_adapter(job: Job, adapters: Arrays, directory: Path) -> None:
     """Writes the adapters in PEFT's format, from the main process."""
-    host = multihost_utils.process_allgather(adapters, tiled=True) if jax.process_count() > 1 else jax.device_get(adapters)
+    is_alone = jax.process_count() == 1
+    host = jax.device_get(adapters) if is_alone else multihost_utils.process_allgather(adapters, tiled=True)
     if job.is_main:
         arrays = {path: np.asarray(array) for path, array in host.items()}
         save_peft_adapter(directory, arrays, job.spec, job.family, job.arch, job.source)
@@ -251,5 +258,7 @@ def compare_answers(
         return
     metrics.write(step, {"eval_exact_match_before": before.exact_match, "eval_exact_match": after.exact_match})
     columns = (after.prompts, after.expected, before.given, after.given)
-    show_answers(*([tokenizer.decode(tokens).strip() for tokens in column] for column in columns))
-    log.info("exact match on %d held-out rows: %.1f%% before, %.1f%% after", len(after.given), 100 * before.exact_match, 100 * after.exact_match)
+    texts = [[tokenizer.decode(tokens).strip() for tokens in column] for column in columns]
+    show_answers(texts[0], texts[1], texts[2], texts[3])
+    shares = 100 * before.exact_match, 100 * after.exact_match
+    log.info("exact match on %d held-out rows: %.1f%% before, %.1f%% after", len(after.given), *shares)

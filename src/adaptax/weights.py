@@ -56,11 +56,15 @@ def _download(repo: str) -> Path:
     except errors.GatedRepoError:
         problem = f"is gated: accept its licence at {page}, then set HF_TOKEN or run `hf auth login`"
     except errors.RepositoryNotFoundError:
-        problem = f"does not exist or is private: look at {page}, and set HF_TOKEN or run `hf auth login` if it is yours"
+        problem = (
+            f"does not exist or is private: look at {page}, and set HF_TOKEN or run `hf auth login` if it is yours"
+        )
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         problem = "is not in the local cache and the hub is out of reach: connect once, or set model.weights=DIRECTORY"
     except (errors.HfHubHTTPError, OSError) as error:
-        problem = f"could not be fetched from {page} ({type(error).__name__}): try again, or set model.weights=DIRECTORY"
+        problem = (
+            f"could not be fetched from {page} ({type(error).__name__}): try again, or set model.weights=DIRECTORY"
+        )
     raise UserError(f"model.weights={repo} {problem}; {_QUICKSTART}")
 
 
@@ -197,11 +201,25 @@ def _check_tensors(directory: Path, files: Mapping[str, StoredTensor], arch: Arc
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise UserError(f"{directory} does not hold this model, {len(problems)} of its tensors are wrong: {shown}")
+    for name in tied:
+        _check_tied_head(files, name, f"{prefix}embed_tokens.weight")
     return prefix
 
 
+def _check_tied_head(files: Mapping[str, StoredTensor], head: str, embedding: str) -> None:
+    """Refuses a head that is not the embedding: it would be ignored, and another model trained."""
+    (rows, *row) = files[embedding].shape
+    pairs = (_read_rows(files[name].path, name, range(rows), tuple(row)) for name in (head, embedding))
+    if files[head].shape != files[embedding].shape or any(
+        not np.array_equal(a, b) for (_, a), (_, b) in zip(*pairs, strict=True)
+    ):
+        raise UserError(
+            f"{files[head].path}: {head} differs from the embedding, which is Gemma 3's head; merge or drop it"
+        )
+
+
 def _read_shard(
-    index: tuple[slice, ...],
+    index: tuple[slice, ...] | None,
     *,
     files: Mapping[str, StoredTensor],
     names: list[list[str]],
@@ -209,6 +227,7 @@ def _read_shard(
     leaf: jax.ShapeDtypeStruct,
 ) -> np.ndarray:
     """One device's part of a stacked array, read piece by piece into a buffer that jax takes over without a copy."""
+    assert index is not None
     bounds = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
     out = _aligned_empty(tuple(len(b) for b in bounds), leaf.dtype)
     if not axes.startswith("L"):  # one tensor, as stored
@@ -232,7 +251,7 @@ def join_linear(parts: list[np.ndarray], axes: str, shape: tuple[int, ...]) -> n
 
 
 def split_linear(weight: np.ndarray, axes: str, num_in: int) -> list[np.ndarray]:
-    """The inverse of :func:`join_linear`: one [in..., out...] weight, whose first ``num_in`` axes are inputs, as tensors."""
+    """The inverse of :func:`join_linear`: a weight whose first ``num_in`` axes are inputs as [out, in] tensors."""
     parts = [weight] if "C" not in axes else list(np.moveaxis(weight, axes.index("C"), 0))
     width = int(np.prod(weight.shape[:num_in]))
     return [np.ascontiguousarray(part.reshape(width, -1).T) for part in parts]

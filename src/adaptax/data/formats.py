@@ -65,5 +65,7 @@ def find_format(columns: list[str], name: str, path: str) -> str:
         raise UserError(f"{path} has the columns {', '.join(columns)}; no format fits (one of {needed})")
     missing = [column for column in FORMATS[name].columns if column not in columns]
     if missing:
-        raise UserError(f"{path} has no column {', '.join(missing)}, which data.format={name} needs; it has {', '.join(columns)}")
+        raise UserError(
+            f"{path} has no column {', '.join(missing)}, which data.format={name} needs; it has {', '.join(columns)}"
+        )
     return name

@@ -40,7 +40,7 @@ class Dataset:
 
 
 def load_data(config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Dataset, Dataset]:
-    """(training, evaluation) data; the latter is ``data.eval``, or a fraction held out by the seed, and may be empty."""
+    """(training, evaluation) data; the latter is ``data.eval`` or a fraction held out by the seed, and may be empty."""
     if not paths_of(config.train):
         raise UserError("data.train is not set: data.train=FILE.jsonl")
     train = encode_files(paths_of(config.train), config, tokenizer)
@@ -50,7 +50,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Data
     if num_held_out >= len(train.examples):
         raise UserError(
             f"data.train has {len(train.examples)} usable row(s): too few to hold out "
-            f"data.eval_fraction={config.eval_fraction:g} of them; give more rows, data.eval=FILE or data.eval_fraction=0"
+            f"data.eval_fraction={config.eval_fraction:g}; give more rows, data.eval=FILE or data.eval_fraction=0"
         )
     order = np.random.default_rng(seed).permutation(len(train.examples))
     held_out, kept = order[:num_held_out], np.sort(order[num_held_out:])
@@ -66,7 +66,7 @@ def encode_files(names: Sequence[str], config: DataConfig, tokenizer: Tokenizer)
     """
     data = Dataset()
     for name in names:
-        path, rows, columns = open_rows(name)
+        path, rows, columns = open_rows(name, {column for form in FORMATS.values() for column in form.columns})
         form = FORMATS[find_format(columns, config.format, str(path))]
         for number, row in enumerate(rows, start=1):
             try:
@@ -118,7 +118,8 @@ class BatchSource:
         epoch, place = divmod(index, self.steps_per_epoch)
         start = place * self._rows_per_batch
         stop = min(start + self._rows_per_batch, self._num_rows)
-        return pad_batch([self._rows[epoch * self._num_rows + i] for i in range(start, stop)], self._shape)
+        rows = [self._rows[epoch * self._num_rows + i] for i in range(start, stop)]
+        return pad_batch([row for row in rows if row is not None], self._shape)
 
 
 def pad_batch(examples: Sequence[Example], shape: tuple[int, int, int]) -> dict[str, np.ndarray]:

@@ -23,8 +23,16 @@ class Tokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise UserError(f"{path} is not a sentencepiece model: model.tokenizer needs Gemma 3's tokenizer.model") from None
-        expected = {"<pad>": PAD, "<eos>": EOS, "<bos>": BOS, "<start_of_turn>": START_OF_TURN, "<end_of_turn>": END_OF_TURN}
+            raise UserError(
+                f"{path} is not a sentencepiece model: model.tokenizer needs Gemma 3's tokenizer.model"
+            ) from None
+        expected = {
+            "<pad>": PAD,
+            "<eos>": EOS,
+            "<bos>": BOS,
+            "<start_of_turn>": START_OF_TURN,
+            "<end_of_turn>": END_OF_TURN,
+        }
         for piece, token in expected.items():
             found = self._model.piece_to_id(piece)
             if found != token:
@@ -34,6 +42,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of plain text. A special token spelled out in it is taken apart, and stays text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell it: "\\ud83d" without its other half
+            raise UserError(f"character {error.start + 1} of {text!r:.60} is half a surrogate pair, no text") from None
         pieces, start = [], 0
         for match in SPECIAL_TEXT.finditer(text):
             pieces.append(text[start : match.start() + 1])

@@ -79,7 +79,11 @@ def find_architecture(config: ModelConfig, directory: Path | None = None) -> Arc
 
 def _check_size(expected: Architecture, found: Architecture, size: str, path: Path) -> None:
     names = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
-    wrong = [f"{n} {getattr(found, n)} (not {getattr(expected, n)})" for n in names if getattr(found, n) != getattr(expected, n)]
+    wrong = [
+        f"{n} {getattr(found, n)} (not {getattr(expected, n)})"
+        for n in names
+        if getattr(found, n) != getattr(expected, n)
+    ]
     if wrong:
         raise UserError(f"{path} is not a {size}: it has {', '.join(wrong)}; model.model_size=auto takes what it has")
 

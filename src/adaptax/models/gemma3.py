@@ -164,7 +164,9 @@ class Gemma3(nnx.Module):
 
         x_BTD = self._shard(self.embedder(tokens_BT, dtype))
         if self.first_adapted:
-            x_BTD, _ = jax.lax.scan(functools.partial(layer, plain), x_BTD, (jnp.arange(self.first_adapted), nnx.State({})))
+            x_BTD, _ = jax.lax.scan(
+                functools.partial(layer, plain), x_BTD, (jnp.arange(self.first_adapted), nnx.State({}))
+            )
         adapted = jax.checkpoint(functools.partial(layer, graphdef), prevent_cse=False)
         x_BTD, _ = jax.lax.scan(adapted, x_BTD, (jnp.arange(self.first_adapted, arch.num_layers), lora))
         return self.final_norm(x_BTD)
@@ -183,17 +185,19 @@ def attention_masks(positions_BT: jax.Array, segments_BT: jax.Array, window: int
     return causal_BTS & (distance_BTS < window), causal_BTS
 
 
-def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float
-) -> jax.Array:
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
     """Softmax attention, grouped heads, logits and softmax in float32. Returns [B, T, N, H]."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    logits_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, jnp.finfo(jnp.float32).min)
-    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+    G = N // K
+    # The queries of a group stand below each other, M = G * T: one plain matrix product per key/value head.
+    q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    logits_BKMS = jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32) * scale
+    mask_BKMS = jnp.tile(mask_BTS, (1, G, 1))[:, None]
+    weights_BKMS = jax.nn.softmax(jnp.where(mask_BKMS, logits_BKMS, jnp.finfo(jnp.float32).min), axis=-1)
+    out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS.astype(v_BSKH.dtype), v_BKSH)
+    return out_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def rope_angles(positions_BT: jax.Array, head_dim: int, theta: float, factor: float) -> tuple[jax.Array, jax.Array]:

@@ -63,7 +63,9 @@ SIZES: dict[str, Architecture] = {
     "4b": replace(_size(34, 2560, 10_240, 8, 4), **_MULTIMODAL),
     "12b": replace(_size(48, 3840, 15_360, 16, 8), **_MULTIMODAL),
     "27b": replace(_size(62, 5376, 21_504, 32, 16), head_dim=128, query_pre_attn_scalar=168, **_MULTIMODAL),
-    "tiny": replace(_size(6, 128, 512, 4, 1), head_dim=32, vocab_size=2048, sliding_window=32, query_pre_attn_scalar=32),
+    "tiny": replace(
+        _size(6, 128, 512, 4, 1), head_dim=32, vocab_size=2048, sliding_window=32, query_pre_attn_scalar=32
+    ),
 }
 
 
@@ -205,7 +207,9 @@ def _read_rope(text: Mapping[str, Any], source: str) -> tuple[float, float, floa
     for name, rope, allowed in (("local", local, ("default",)), ("global", full, ("default", "linear"))):
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in allowed:
-            raise UserError(f"{source}: rope_type {kind!r} on {name} layers is not supported (Gemma 3 has {allowed[-1]})")
+            raise UserError(
+                f"{source}: rope_type {kind!r} on {name} layers is not supported (Gemma 3 has {allowed[-1]})"
+            )
     theta_local = local.get("rope_theta", text.get("rope_local_base_freq", 10_000.0))
     theta_global = full.get("rope_theta", text.get("rope_theta", 1_000_000.0))
     return float(theta_local), float(theta_global), float(full.get("factor") or 1.0)

@@ -74,7 +74,7 @@ def pretrain(arch: Architecture, tokenizer: Tokenizer, num_steps: int) -> Arrays
         return (losses_BT * batch["mask"]).sum() / batch["mask"].sum()
 
     @jax.jit
-    def step(params: Arrays, moments: Any, batch: dict[str, jax.Array]) -> tuple[Arrays, Any, jax.Array]:
+    def step(params: Arrays, moments: Any, batch: dict[str, jax.Array]) -> tuple[Any, Any, jax.Array]:
         loss, grads = jax.value_and_grad(loss_of)(params, batch)
         updates, moments = optimizer.update(grads, moments, params)
         return optax.apply_updates(params, updates), moments, loss

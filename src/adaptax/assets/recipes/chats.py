@@ -141,9 +141,7 @@ OPENINGS = ("could you", "can you", "would you", "can you please", "please", "I 
 def combinations(action: str) -> list[Command]:
     """List every command for an action, without a time."""
     slots = {"room": ROOMS, **SLOTS[action]}
-    return [
-        {"action": action, **dict(zip(slots, values, strict=True))} for values in product(*slots.values())
-    ]
+    return [{"action": action, **dict(zip(slots, values, strict=True))} for values in product(*slots.values())]
 
 
 def split() -> tuple[Commands, Commands]:

@@ -1,0 +1,158 @@
+"""Where adapters go and what they do."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import qwix
+from flax import nnx
+
+import support
+from adaptax.config import UserError
+from adaptax.lora import LoraSpec, adapter_shapes, init_adapters
+from adaptax.models import match_modules
+from adaptax.models.gemma3 import Block
+from adaptax.models.gemma3_weights import LINEARS, SIZES
+
+ARCH = SIZES["tiny"]
+ATTENTION = {"attn/q_einsum", "attn/kv_einsum", "attn/attn_vec_einsum"}
+MLP = {"mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"}
+DEFAULT = ".*q_einsum|.*kv_einsum|.*gate_proj|.*down_proj|.*up_proj|.*attn_vec_einsum"
+
+
+def match(pattern: str) -> dict[str, tuple[int, ...]]:
+    return match_modules(support.model_config(None, "270m", lora_module_path=pattern), SIZES["270m"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kinds", "layers"),
+    [
+        (DEFAULT, ATTENTION | MLP, range(18)),
+        (".*", ATTENTION | MLP, range(18)),
+        (".*einsum", ATTENTION, range(18)),
+        (".*proj", MLP, range(18)),
+        ("layers/(1[0-7])/.*", ATTENTION | MLP, range(10, 18)),
+        ("layers/0/attn/q_einsum", {"attn/q_einsum"}, range(1)),
+    ],
+)
+def test_a_regex_adapts_what_it_says(pattern: str, kinds: set[str], layers: range) -> None:
+    assert match(pattern) == {kind: tuple(layers) for kind in LINEARS if kind in kinds}
+
+
+@pytest.mark.parametrize("pattern", ["q_einsum", ".*attn", "embedder/.*", ".*norm", "layers/18/.*"])
+def test_a_regex_that_matches_no_whole_path_is_refused_with_the_kinds_there_are(pattern: str) -> None:
+    with pytest.raises(UserError) as caught:
+        match(pattern)
+    assert all(kind in str(caught.value) for kind in LINEARS)
+
+
+class Unrolled(nnx.Module):
+    """The layers one by one, as the paths that users match spell them."""
+
+    def __init__(self) -> None:
+        self.layers = nnx.List([Block(ARCH, rngs=nnx.Rngs(0)) for _ in range(ARCH.num_layers)])
+
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], mask: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x, rope, mask)
+        return x
+
+
+@pytest.mark.parametrize("pattern", [DEFAULT, ".*", ".*einsum", ".*proj", "layers/[35]/mlp/.*|.*0/attn/kv.*"])
+def test_qwix_on_the_unrolled_model_adapts_the_same_modules_with_the_same_shapes(pattern: str) -> None:
+    def make() -> nnx.Module:
+        provider = qwix.LoraProvider(module_path=pattern, rank=4, alpha=4.0)
+        return qwix.apply_lora_to_model(Unrolled(), provider, *Block.example_inputs(ARCH), rngs=nnx.Rngs(0))
+
+    state = nnx.state(nnx.eval_shape(make), nnx.LoRAParam)
+    theirs = {"/".join(map(str, path)): leaf.get_value().shape for path, leaf in nnx.to_flat_state(state)}
+    layers = match_modules(support.model_config(None, "tiny", lora_module_path=pattern), ARCH)
+    ours = {}
+    for path, (shape, _) in adapter_shapes(support.FAMILY, ARCH, LoraSpec(layers, 4, 4.0)).items():
+        for layer in layers[path.removeprefix("layers/").rpartition("/")[0]]:
+            ours[path.replace("layers/", f"layers/{layer}/", 1)] = shape[1:]
+    assert ours == theirs
+
+
+def test_adapters_start_as_peft_starts_them_whatever_the_mesh_and_the_other_modules() -> None:
+    spec = support.full_spec(SIZES["270m"], rank=32)
+    alone = init_adapters(support.FAMILY, SIZES["270m"], spec, support.make_mesh(), seed=1)
+    spread = init_adapters(support.FAMILY, SIZES["270m"], spec, support.make_mesh(2, 4), seed=1)
+    for path, array in alone.items():
+        np.testing.assert_array_equal(array, spread[path])
+        assert array.dtype == jnp.float32
+        if path.endswith("_b"):
+            assert not np.asarray(array).any()
+        else:
+            limit = 1 / math.sqrt(math.prod(array.shape[1:-1]))
+            assert 0.99 * limit < np.abs(array).max() <= limit
+            assert np.std(array) == pytest.approx(limit / math.sqrt(3), rel=0.02)
+    assert len({np.asarray(a)[0].tobytes() for p, a in alone.items() if p.endswith("_a")}) == 6
+    few = LoraSpec({"mlp/up_proj": (7, 9)}, 32, 32.0)
+    some = init_adapters(support.FAMILY, SIZES["270m"], few, support.make_mesh(), seed=1)
+    path = "layers/mlp/up_proj/w_lora_a"
+    np.testing.assert_array_equal(some[path], np.asarray(alone[path])[[7, 9]])
+
+
+def forward(spec: LoraSpec | None, adapters: dict[str, jax.Array], base: dict[str, jax.Array], **kwargs) -> np.ndarray:
+    program = support.make_program(ARCH, spec, support.make_mesh(), train="dropout_key" in kwargs)
+    tokens = np.arange(10, 42)[None]
+    return np.asarray(support.hidden_states(program, base, adapters, tokens, **kwargs))
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, jax.Array]:
+    return support.load(None, ARCH, support.make_mesh())
+
+
+@pytest.mark.parametrize("layers", [{"attn/kv_einsum": (2, 4), "mlp/down_proj": (3,)}, None])
+def test_adapters_add_alpha_over_rank_times_a_b_to_the_weights_of_their_layers(layers, base) -> None:
+    spec = support.full_spec(ARCH, rank=4, alpha=6.0, **({"layers": layers} if layers else {}))
+    adapters = support.random_adapters(ARCH, spec, support.make_mesh())
+    merged = dict(base)
+    for kind, places in spec.layers.items():
+        a, b = adapters[f"layers/{kind}/w_lora_a"], adapters[f"layers/{kind}/w_lora_b"]
+        weight = merged[f"layers/{kind}/w"]
+        for i, layer in enumerate(places):
+            delta = jnp.tensordot(a[i], b[i], axes=1) * (6.0 / 4)
+            weight = weight.at[layer].add(delta)
+        merged[f"layers/{kind}/w"] = weight
+    adapted, plain = forward(spec, adapters, base), forward(None, {}, base)
+    np.testing.assert_allclose(adapted, forward(None, {}, merged), atol=2e-5)
+    assert np.abs(adapted - plain).max() > 1e-2
+
+
+def test_dropout_acts_in_training_only_and_differs_by_key_and_layer(base) -> None:
+    spec = support.full_spec(ARCH, dropout=0.5)
+    adapters = support.random_adapters(ARCH, spec, support.make_mesh())
+    quiet = forward(spec, adapters, base)
+    np.testing.assert_array_equal(quiet, forward(support.full_spec(ARCH), adapters, base))
+    one, again, other = (forward(spec, adapters, base, dropout_key=jax.random.key(k)) for k in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - quiet).max() > 1e-3
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_layers_below_the_first_adapted_one_cost_no_backward_pass(base) -> None:
+    """Every layer is run forward; only adapted ones, and those above, are run backward."""
+    flops = {}
+    for first in (0, 5):
+        spec = support.full_spec(ARCH, layers={"mlp/up_proj": tuple(range(first, 6))})
+        trainer = support.Trainer(ARCH, base, spec, support.make_mesh())
+        batch = support.shard_batch(support.random_batch(ARCH.vocab_size, (1, 2, 32)), trainer.mesh)
+        compiled = trainer.step.lower(trainer.state, base, batch).compile()
+        flops[first] = _loop_lengths(compiled.as_text())
+    assert sorted(flops[0])[-2:] == [6, 6]  # forward and backward over all
+    assert sorted(flops[5])[-1] <= 5  # the five below: forward alone, once
+    assert flops[5].count(5) == 1
+
+
+def _loop_lengths(text: str) -> list[int]:
+    """The known trip counts of a compiled program's loops."""
+    import re
+
+    return [int(n) for n in re.findall(r'"known_trip_count":\{"n":"(\d+)"\}', text)]

@@ -18,12 +18,11 @@ from typing import Any
 import hydra
 import pytest
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from adaptax import cli
-from adaptax.config import Config, build, key_paths, unknown_key
+from adaptax.config import build, key_paths, unknown_key
 from adaptax.models import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,7 +77,8 @@ COMMANDS = documented_commands()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reader's folder: a copy of ``conf`` with the YAML files that the pages tell to write, and the data they name."""
+    """A reader's folder: a copy of ``conf`` with the YAML files that the pages tell to write, and the named data."""
+    cli.teach_hydra()
     folder = tmp_path_factory.mktemp("reader")
     shutil.copytree(cli.find_conf(), folder / "conf")
     for caption, block in (item for page in PAGES for item in code_blocks(page, "yaml")):
@@ -103,12 +103,10 @@ def first_values(overrides: list[str]) -> list[str]:
 
 def compose(arguments: list[str], folder: Path) -> dict[str, Any]:
     """The configuration of a command line's (first) job, as plain values."""
-    # Options may stand between overrides. Only multirun takes comma lists.
     options = get_args_parser().parse_intermixed_args(arguments)
     overrides = first_values(options.overrides) if options.multirun else list(options.overrides)
     if options.config_dir:
         overrides.append(f"hydra.searchpath=[file://{folder / options.config_dir}]")
-    ConfigStore.instance().store(name="schema", node=Config)
     with hydra.initialize_config_dir(config_dir=str(folder / "conf"), version_base="1.3"):
         cfg = hydra.compose(config_name="config", overrides=overrides)
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
@@ -127,6 +125,17 @@ def test_documented_command_composes(arguments: list[str], folder: Path, monkeyp
         cli.check_model(config)
 
 
+SWEEPS = [a for a in COMMANDS.values() if "--multirun" in a[1:]]
+
+
+@pytest.mark.parametrize("arguments", SWEEPS, ids=shlex.join)
+def test_sweep_option_may_follow_overrides(arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run_training.py"), *arguments, "data.train=missing.jsonl"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "error in job 0: data.train=missing.jsonl: no such file" in result.stderr
+
+
 def test_the_pages_have_commands() -> None:
     assert len(COMMANDS) > 40
     assert ["+experiment=quickstart"] in COMMANDS.values()
@@ -137,7 +146,7 @@ def test_documented_keys_exist() -> None:
     keys = set(key_paths())
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for group, key in re.findall(r"``?(\w+)\.(\w+)(?==\S*``?|``?)", text):
+        for group, key in re.findall(r"`(\w+)\.(\w+)(?:=[^`]*)?`", text):
             if group in keys:
                 assert f"{group}.{key}" in keys, f"{page.name}: {unknown_key(f'{group}.{key}', keys)}"
 
@@ -199,7 +208,7 @@ def readme_tree() -> list[Path]:
     block = next(text for _, text in code_blocks(ROOT / "README.md", "text") if text.startswith("run_training.py"))
     paths: list[Path] = []
     parents: list[Path] = [ROOT]
-    for line in block.splitlines():
+    for line in filter(str.strip, block.splitlines()):
         name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 2
         paths.append(parents[depth] / name)

@@ -1,4 +1,4 @@
-"""``.. config-table:: ModelConfig``: the keys of a dataclass of ``adaptax.config``, their types, defaults and limits."""
+"""``.. config-table:: ModelConfig``: the keys of a dataclass of ``adaptax.config``, types, defaults and limits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def describe_limits(metadata: Mapping[str, Any]) -> str:
     if metadata["choices"]:
         return " One of " + ", ".join(f"``{choice}``" for choice in metadata["choices"]) + "."
     words = {"minimum": "at least", "above": "more than", "maximum": "at most"}
-    limits = [f"{word} {metadata[name]:g}" for name, word in words.items() if metadata[name] is not None]
+    limits = [f"{word} {metadata[name]}" for name, word in words.items() if metadata[name] is not None]
     return f" {' and '.join(limits).capitalize()}." if limits else ""
 
 

@@ -1,4 +1,4 @@
-"""Tables computed from the model families: ``model-sizes``, ``adapter-sizes``, ``lora-matches``, ``partition-table``."""
+"""Tables computed from the code: ``model-sizes``, ``adapter-sizes``, ``lora-matches``, ``partition-table``."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class AdapterSizes(SphinxDirective):
 
 
 class LoraMatches(SphinxDirective):
-    """``.. lora-matches:: gemma3_1b`` with a pattern a line: the module kinds that each one matches, and in which layers."""
+    """``.. lora-matches:: gemma3_1b`` with a pattern a line: what each one matches, and in how many layers."""
 
     required_arguments = 1
     has_content = True

@@ -91,8 +91,8 @@ def adapter_shapes(family: Family, arch: Architecture, spec: LoraSpec) -> dict[s
 def init_adapters(family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh, seed: int) -> Arrays:
     """Fresh float32 adapters on the mesh: A uniform within 1/sqrt(in), B zero.
 
-    That is PEFT's initialisation (kaiming uniform, a = sqrt 5), so that its learning rates carry over. A module's values
-    depend on the seed and its own path only: not on the mesh, nor on which others are adapted.
+    That is PEFT's initialisation (kaiming uniform, a = sqrt 5), so that its learning rates carry over. A module's
+    values depend on the seed and its own path only: not on the mesh, nor on which others are adapted.
     """
     shapes = adapter_shapes(family, arch, spec)
 

@@ -213,9 +213,7 @@ def _check_tied_head(files: Mapping[str, StoredTensor], head: str, embedding: st
     if files[head].shape != files[embedding].shape or any(
         not np.array_equal(a, b) for (_, a), (_, b) in zip(*pairs, strict=True)
     ):
-        raise UserError(
-            f"{files[head].path}: {head} differs from the embedding, which is Gemma 3's head; merge or drop it"
-        )
+        raise UserError(f"{files[head].path}: {head} differs from the embedding, and Gemma 3's head is tied to it")
 
 
 def _read_shard(

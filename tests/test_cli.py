@@ -91,7 +91,7 @@ def expect_error(run: Callable[..., Answer], arguments: list[str], words: list[s
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["data.train is not set", "data.train=chats.jsonl", "+experiment=quickstart"]),
+        (["data.train=null"], ["data.train is not set", "data.train=chats.jsonl", "+experiment=quickstart"]),
         (["data.train=gone.jsonl"], ["data.train=gone.jsonl: no such file"]),
         (["data.train=embedded:gone.jsonl"], ["data.train=embedded:gone.jsonl: no such file"]),
         ([ROWS, "data.eval=[rows.jsonl,gone.jsonl]"], ["data.eval=gone.jsonl: no such file"]),

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from adaptax.config import UserError
 from adaptax.lora import LoraSpec
@@ -40,7 +40,7 @@ def save_peft_adapter(
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    (partial / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     text = json.dumps(peft_config(tensors, spec, family, arch, source), indent=2)
     (partial / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     _check_written(partial / "adapter_model.safetensors", tensors)

@@ -11,6 +11,7 @@ import numpy as np
 from adaptax.data.chat import Example
 from adaptax.data.tokenizer import END_OF_TURN, EOS, PAD
 from adaptax.lora import Arrays, merge_model
+from adaptax.mesh import replicated
 from adaptax.step import HEAD, Program
 
 
@@ -84,4 +85,4 @@ def build_decode(program: Program) -> Decode:
         _, tokens_BT, lengths_B, _ = jax.lax.while_loop(is_going, extend, (jnp.int32(0), tokens_BT, lengths_B, ended_B))
         return tokens_BT, lengths_B
 
-    return jax.jit(decode)
+    return jax.jit(decode, out_shardings=replicated(program.mesh))

@@ -43,7 +43,8 @@ def open_rows(name: str, text_columns: Collection[str]) -> tuple[Path, Sequence[
         rows = cast(datasets.Dataset, READERS[suffix](glob.escape(str(path))))
     except (DatasetGenerationError, ValueError, TypeError, OSError) as error:
         if suffix == ".parquet":
-            raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+            cause = str(error.__cause__ or error).splitlines()[0]
+            raise UserError(f"{path} cannot be read as Parquet, or holds no rows: {cause}") from None
         return path, *_read_jsonl(path)
     if len(rows) == 0:
         raise UserError(f"{path} holds no rows")

@@ -1,6 +1,6 @@
 """Gemma 3 as its checkpoints tell it: numbers of each size, config.json, tensor names. No jax here.
 
-Numbers: google/gemma-3-*-it ``config.json``; defaults of absent values: transformers' ``Gemma3TextConfig``.
+Numbers: the published ``config.json`` of each size; defaults of absent values: transformers' ``Gemma3TextConfig``.
 """
 
 from __future__ import annotations

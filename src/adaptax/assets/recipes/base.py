@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
-from safetensors.numpy import save_file
+from safetensors.numpy import save as to_bytes
 
 from adaptax.assets.recipes import corpus
 from adaptax.data.formats import FORMATS, find_format
@@ -100,7 +100,7 @@ def save(params: Arrays, arch: Architecture, folder: Path) -> None:
             is_linear = kind in checkpoint.LINEARS
             parts = split_linear(part, axes[1:], len(checkpoint.LINEARS[kind].in_axes)) if is_linear else [part]
             tensors |= dict(zip(layer_names, parts, strict=True))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
     (folder / "config.json").write_text(json.dumps(hf_config(arch), indent=2) + "\n", encoding="utf-8")
 
 
@@ -135,7 +135,7 @@ def hf_config(arch: Architecture) -> dict[str, Any]:
 def main() -> None:
     """Pretrains and saves."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
     arch = find_family("gemma3").checkpoint.SIZES["tiny"]

@@ -1,0 +1,1 @@
+"""What ships with the package: a tiny base model, its tokenizer, a small dataset, and the recipes that made them."""

@@ -63,9 +63,9 @@ def _ideal_bytes(trainer: support.Trainer, fsdp: int, tp: int) -> tuple[int, int
             divisor = (fsdp if "D" in letters else 1) * (tp if set(letters) & set("VNF") else 1)
             split += array.nbytes // divisor
     for path, array in trainer.state.adapters.items():
-        a, b = support.FAMILY.checkpoint.adapter_axes(path.removeprefix("layers/").rpartition("/")[0])
-        letters = a if path.endswith("_a") else b
-        divisor = (fsdp if "D" in letters else 1) * (tp if set(letters) & set("NF") else 1)
+        kind = path.removeprefix("layers/").rpartition("/")[0]
+        (in_axis, _), (out_axis, _) = support.FAMILY.checkpoint.adapter_axes(ARCH, kind)
+        divisor = {"D": fsdp, "N": tp, "F": tp, "C": 1}[in_axis if path.endswith("_a") else out_axis]
         split += 3 * array.nbytes // divisor  # with both of Adam's moments
     return split, whole + 1024  # counters and keys
 

@@ -58,7 +58,7 @@ def peft_tensors(
         names = family.checkpoint.LINEARS[kind].tensors
         a, b = adapters[f"layers/{kind}/w_lora_a"], adapters[f"layers/{kind}/w_lora_b"]
         for place, layer in enumerate(layers):
-            a_RI = a[place].reshape(-1, spec.rank).T
+            a_RI = a[place].T
             b_RCO = b[place].reshape(spec.rank, len(names), -1)
             for part, name in enumerate(names):
                 module = f"{prefix}layers.{layer}.{name}"

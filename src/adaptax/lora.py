@@ -79,12 +79,11 @@ def _wrap_block(module: Any, arch: Architecture, spec: LoraSpec, dropout: float)
 
 def adapter_shapes(family: Family, arch: Architecture, spec: LoraSpec) -> dict[str, tuple[tuple[int, ...], str]]:
     """Every adapter array: path -> shape, axis letters."""
-    sizes = family.checkpoint.axis_sizes(arch) | {"R": spec.rank}
     shapes = {}
     for kind, layers in spec.layers.items():
-        for suffix, axes in zip(("a", "b"), family.checkpoint.adapter_axes(kind), strict=True):
-            shape = (len(layers), *(sizes[axis] for axis in axes[1:]))
-            shapes[f"layers/{kind}/w_lora_{suffix}"] = (shape, axes)
+        (in_axis, num_in), (out_axis, num_out) = family.checkpoint.adapter_axes(arch, kind)
+        shapes[f"layers/{kind}/w_lora_a"] = (len(layers), num_in, spec.rank), f"L{in_axis}R"
+        shapes[f"layers/{kind}/w_lora_b"] = (len(layers), spec.rank, num_out), f"LR{out_axis}"
     return shapes
 
 
@@ -105,7 +104,7 @@ def init_adapters(family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh
             kind = path.removeprefix("layers/").rpartition("/")[0]
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
             keys = jax.vmap(lambda layer, key=key: jax.random.fold_in(key, layer))(jnp.array(spec.layers[kind]))
-            limit = 1.0 / math.sqrt(math.prod(shape[1:-1]))
+            limit = 1.0 / math.sqrt(shape[1])
             draw = lambda key, shape=shape, limit=limit: jax.random.uniform(key, shape[1:], jnp.float32, -limit, limit)  # noqa: E731
             adapters[path] = jax.vmap(draw)(keys)
         return adapters

@@ -33,15 +33,19 @@ class RMSNorm(nnx.Module):
         return (x_f32 * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
 
 
-class Einsum(nnx.Module):
-    """A projection with its weight as [in..., out...]; computed in the activation's type."""
+class Projection(nnx.Module):
+    """The last axes of x against the first axes of a weight [in..., out...], in the activation's type.
 
-    def __init__(self, equation: str, shape: tuple[int, ...], stack: tuple[int, ...], rngs: nnx.Rngs):
-        self.equation = equation
+    A plain ``dot_general``: qwix then puts an adapter's A and B behind x in that order, which needs no transposed copy.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_in: int, stack: tuple[int, ...], rngs: nnx.Rngs):
+        self.num_in = num_in
         self.w = nnx.Param(_init(rngs.params(), (*stack, *shape)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum(self.equation, x, self.w[...].astype(x.dtype))
+        contracted = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
+        return jax.lax.dot_general(x, self.w[...].astype(x.dtype), (contracted, ((), ())))
 
 
 class Attention(nnx.Module):
@@ -49,9 +53,9 @@ class Attention(nnx.Module):
 
     def __init__(self, arch: Architecture, stack: tuple[int, ...], rngs: nnx.Rngs):
         D, N, K, H = arch.embed_dim, arch.num_heads, arch.num_kv_heads, arch.head_dim
-        self.q_einsum = Einsum("BTD,DNH->BTNH", (D, N, H), stack, rngs)
-        self.kv_einsum = Einsum("BSD,DCKH->CBSKH", (D, 2, K, H), stack, rngs)
-        self.attn_vec_einsum = Einsum("BTNH,NHD->BTD", (N, H, D), stack, rngs)
+        self.q_einsum = Projection((D, N, H), 1, stack, rngs)
+        self.kv_einsum = Projection((D, 2, K, H), 1, stack, rngs)
+        self.attn_vec_einsum = Projection((N, H, D), 2, stack, rngs)
         self.query_norm = RMSNorm(H, arch.norm_eps, stack)
         self.key_norm = RMSNorm(H, arch.norm_eps, stack)
         self.scale = arch.query_pre_attn_scalar**-0.5
@@ -59,8 +63,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, rope_BTH: tuple[jax.Array, jax.Array], mask_BTS: jax.Array) -> jax.Array:
         q_BTNH = apply_rope(self.query_norm(self.q_einsum(x_BTD)), *rope_BTH)
-        k_BSKH, v_BSKH = self.kv_einsum(x_BTD)
-        k_BSKH = apply_rope(self.key_norm(k_BSKH), *rope_BTH)
+        kv_BSCKH = self.kv_einsum(x_BTD)
+        k_BSKH = apply_rope(self.key_norm(kv_BSCKH[:, :, 0]), *rope_BTH)
+        v_BSKH = kv_BSCKH[:, :, 1]
         return self.attn_vec_einsum(attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, self.scale))
 
 
@@ -69,9 +74,9 @@ class MLP(nnx.Module):
 
     def __init__(self, arch: Architecture, stack: tuple[int, ...], rngs: nnx.Rngs):
         D, F = arch.embed_dim, arch.mlp_dim
-        self.gate_proj = Einsum("BTD,DF->BTF", (D, F), stack, rngs)
-        self.up_proj = Einsum("BTD,DF->BTF", (D, F), stack, rngs)
-        self.down_proj = Einsum("BTF,FD->BTD", (F, D), stack, rngs)
+        self.gate_proj = Projection((D, F), 1, stack, rngs)
+        self.up_proj = Projection((D, F), 1, stack, rngs)
+        self.down_proj = Projection((F, D), 1, stack, rngs)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.gelu(self.gate_proj(x_BTD), approximate=True) * self.up_proj(x_BTD))

@@ -223,10 +223,13 @@ def parameter_axes(arch: Architecture) -> dict[str, str]:
     return axes
 
 
-def adapter_axes(kind: str) -> tuple[str, str]:
-    """Axis letters of the stacked A and B of a module kind; R is the rank."""
-    linear = LINEARS[kind]
-    return f"L{linear.in_axes}R", f"LR{linear.out_axes}"
+def adapter_axes(arch: Architecture, kind: str) -> tuple[tuple[str, int], tuple[str, int]]:
+    """(letter, size) of the input of a module kind's A and of the output of its B.
+
+    Adapters are matrices: axes that belong together are one, under the letter of the first, by which it may be split.
+    """
+    linear, sizes = LINEARS[kind], axis_sizes(arch)
+    return tuple((axes[0], _product(axes, sizes)) for axes in (linear.in_axes, linear.out_axes))  # type: ignore[return-value]
 
 
 def tensor_names(path: str, arch: Architecture, prefix: str) -> list[list[str]]:

@@ -59,8 +59,8 @@ def test_a_run_writes_metrics_events_picture_and_adapter(short_run) -> None:
     assert result == rows[-1]["eval_loss"]
     assert rows[-1]["eval_loss"] < rows[0]["eval_loss"]
     assert all(0 <= row["train_padding_share"] < 1 and row["train_tokens_per_second"] > 0 for row in steps)
-    assert steps[0]["train_learning_rate"] == pytest.approx(5e-3)
-    assert steps[-1]["train_learning_rate"] < 1e-3
+    assert steps[0]["train_learning_rate"] == pytest.approx(6e-3)
+    assert steps[-1]["train_learning_rate"] < 2e-3
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((directory / "tensorboard").glob("events.out.tfevents.*"))
     tensors = load_file(directory / "adapter" / "adapter_model.safetensors")
@@ -107,7 +107,7 @@ def test_answers_are_scored_before_and_after_and_shown_side_by_side(tmp_path: Pa
 
 def test_the_start_up_table_tells_what_is_adapted(tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.INFO, "adaptax"):
-        train(tmp_path, "training.num_batches=1", "model.lora_module_path=layers/[45]/mlp/.*", "model.lora_rank=2")
+        train(tmp_path, "training.num_batches=1", 'model.lora_module_path="layers/[45]/mlp/.*"', "model.lora_rank=2")
     text = " ".join(caplog.text.split())
     assert "mlp/up_proj │ 2 of 6 │ 2,560" in text
     assert "7,680 trainable beside 1,691,136 frozen parameters" in text

@@ -22,7 +22,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -70,6 +70,9 @@ def main() -> None:
         _fail(f"not valid YAML: {error}")
     except MissingConfigException as error:
         _fail(_missing_choice(error))
+    except OverrideParseException as error:
+        key = error.override.partition("=")[0]
+        _fail(f"{error.override}: Hydra cannot read this value; quote it twice: '{key}=\"...\"'")
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if any(frame.f_code is _train.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise  # the run's own fault: the traceback is wanted

@@ -17,7 +17,7 @@ from adaptax.data.sources import open_rows
 from adaptax.data.tokenizer import PAD, Tokenizer
 
 log = logging.getLogger(__name__)
-LENGTH_MULTIPLE = 16  # sequences are padded to a multiple of it
+LENGTH_MULTIPLE = 8  # sequences are padded to a multiple of it
 
 
 @dataclass

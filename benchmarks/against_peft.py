@@ -84,7 +84,6 @@ def run_peft(options: argparse.Namespace) -> dict[str, object]:
 def write_checkpoint(size: str, directory: Path) -> None:
     """A random float32 checkpoint of a published size, written by transformers."""
     import checkpoints
-
     from adaptax.models.gemma3_weights import SIZES
 
     arch = asdict(SIZES[size])

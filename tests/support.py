@@ -146,3 +146,19 @@ class Trainer:
 def find_source_of_tiny() -> str:
     """The directory of the base model that ships with the package."""
     return find_source(model_config(None, size="tiny"))
+
+
+def adapters_from_peft(tensors: dict[str, np.ndarray], arch: Architecture, spec: LoraSpec) -> Arrays:
+    """The stacked adapters behind a written PEFT adapter."""
+    adapters = {}
+    prefix = f"base_model.model.{FAMILY.checkpoint.peft_module_prefix(arch)}layers."
+    for kind, layers in spec.layers.items():
+        names = LINEARS[kind].tensors
+        a = [tensors[f"{prefix}{layer}.{names[0]}.lora_A.weight"].T for layer in layers]
+        b = [
+            np.concatenate([tensors[f"{prefix}{layer}.{name}.lora_B.weight"].T for name in names], axis=1)
+            for layer in layers
+        ]
+        adapters[f"layers/{kind}/w_lora_a"] = jnp.asarray(np.stack(a))
+        adapters[f"layers/{kind}/w_lora_b"] = jnp.asarray(np.stack(b))
+    return adapters

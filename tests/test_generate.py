@@ -11,7 +11,7 @@ import checkpoints
 import support
 from adaptax.data.chat import Example, encode_chat
 from adaptax.data.tokenizer import END_OF_TURN, Tokenizer
-from adaptax.generate import build_decode, greedy, split_answer
+from adaptax.generate import answer_span, build_decode, greedy
 
 
 def test_greedy_tokens_equal_those_of_transformers_for_prompts_of_different_lengths(tmp_path: Path) -> None:
@@ -44,11 +44,9 @@ def test_an_answer_is_the_last_trained_stretch_without_its_end(tokenizer: Tokeni
         {"role": "assistant", "content": "four"},
     ]
     example: Example = encode_chat(turns, tokenizer)
-    prompt, answer = split_answer(example)
-    assert tokenizer.decode(answer) == "four"
-    assert answer == tokenizer.encode("four")
-    assert prompt == example.tokens[: len(prompt)].tolist()
-    assert prompt[-len(tokenizer.encode("model\n")) :] == tokenizer.encode("model\n")
+    start, stop = answer_span(example)
+    assert example.tokens[start:stop].tolist() == [*tokenizer.encode("four"), END_OF_TURN]
+    assert example.tokens[:start].tolist()[-len(tokenizer.encode("model\n")) :] == tokenizer.encode("model\n")
 
 
 def test_rows_are_padded_to_the_mesh_and_the_padding_is_not_returned() -> None:

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from adaptax.data.chat import Example
 from adaptax.data.pipeline import BatchSource, Dataset
-from adaptax.generate import Decode, greedy, split_answer
-from adaptax.lora import Arrays
+from adaptax.generate import answer_span, build_decode, greedy
+from adaptax.lora import Arrays, merge_model
+from adaptax.loss import chunk_size
 from adaptax.mesh import shard_batch
-from adaptax.step import Batch
+from adaptax.step import HEAD, Batch, Program
 
 EvalStep = Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array]]
+NUM_SHOWN = 4
 
 
 def evaluate_loss(
@@ -30,28 +34,74 @@ def evaluate_loss(
 
 @dataclass(frozen=True)
 class Answers:
-    """Greedy answers to held-out prompts, as tokens."""
+    """How many greedy answers are right, and a few of them, as tokens."""
 
+    exact_match: float  # share of answers that equal the expected one, token by token
+    num_rows: int
     prompts: list[list[int]]
     expected: list[list[int]]
     given: list[list[int]]
 
-    @property
-    def exact_match(self) -> float:
-        """The share of answers that equal the expected one, token by token."""
-        return sum(a == b for a, b in zip(self.expected, self.given, strict=True)) / len(self.expected)
 
+def build_answer(
+    program: Program, base: Arrays, data: Dataset, num_rows: int, batch_size: int, length: int
+) -> Callable[[Arrays], Answers | None]:
+    """A function from adapters to the score of the first ``num_rows`` held-out rows; None where there are none.
 
-def answer_rows(
-    decode: Decode, base: Arrays, data: Dataset, num_rows: int, mesh: Mesh, adapters: Arrays
-) -> Answers | None:
-    """Answers the first ``num_rows`` held-out rows; an answer may be a fourth longer than the longest expected one.
-
-    None where no row is asked for or held out.
+    A greedy answer is the expected one exactly where every expected token, the end of the turn included, is the most
+    likely one behind those before it. So one pass over the expected answers scores them all, and only the few that are
+    shown are generated; these may be a fourth longer than the expected ones.
     """
-    if num_rows == 0 or not data.examples:
-        return None
-    prompts, expected = zip(*(split_answer(example) for example in data.examples[:num_rows]), strict=True)
+    rows = data.examples[:num_rows]
+    if not rows:
+        return lambda adapters: None
+    spans = [answer_span(row) for row in rows]
+    batches = BatchSource(
+        Dataset([_only_answer(row, *span) for row, span in zip(rows, spans, strict=True)]),
+        num_micro=1,
+        batch_size=batch_size,
+        length=length,
+        shuffle=False,
+        seed=0,
+    )
+    match, decode = build_match(program), build_decode(program)
+    prompts = [row.tokens[:start].tolist() for row, (start, _) in zip(rows, spans, strict=True)][:NUM_SHOWN]
+    expected = [row.tokens[start : stop - 1].tolist() for row, (start, stop) in zip(rows, spans, strict=True)]
     max_new_tokens = max(map(len, expected)) * 5 // 4 + 1
-    given = greedy(decode, base, adapters, prompts, max_new_tokens, mesh.shape["fsdp"])
-    return Answers(list(prompts), list(expected), given)
+
+    def answer(adapters: Arrays) -> Answers:
+        sharded = (shard_batch(batches[k], program.mesh) for k in range(batches.steps_per_epoch))
+        num_right = sum(int(match(adapters, base, batch)) for batch in sharded)
+        given = greedy(decode, base, adapters, prompts, max_new_tokens, program.mesh.shape["fsdp"])
+        return Answers(num_right / len(rows), len(rows), prompts, expected[:NUM_SHOWN], given)
+
+    return answer
+
+
+def build_match(program: Program) -> Callable[[Arrays, Arrays, Batch], jax.Array]:
+    """Jitted ``(adapters, base, batch) -> rows of which every supervised target is the most likely token``."""
+
+    def match(adapters: Arrays, base: Arrays, batch: Batch) -> jax.Array:
+        micro = {name: array[0] for name, array in batch.items()}
+        model = merge_model(program.graphdef, base, adapters, program.spec, program.dtype)
+        hidden_BTD = model(micro["tokens"], micro["positions"], micro["segments"], dtype=program.dtype)
+        head_VD = base[HEAD].astype(program.dtype)
+        B, T, D = hidden_BTD.shape
+        C = max(1, min(T, chunk_size(head_VD.shape[0]) // B))  # positions at a time: no [tokens, vocabulary] array
+        padded = jnp.pad(hidden_BTD, ((0, 0), (0, -T % C), (0, 0))).reshape(B, -1, C, D).swapaxes(0, 1)
+
+        def most_likely(hidden_BCD: jax.Array) -> jax.Array:
+            return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=jnp.float32).argmax(-1)
+
+        best_BT = jax.lax.map(most_likely, padded).swapaxes(0, 1).reshape(B, -1)[:, :T]
+        is_right_B = ((best_BT == micro["targets"]) | ~micro["loss_mask"]).all(axis=1)
+        return (is_right_B & micro["loss_mask"].any(axis=1)).sum()
+
+    return jax.jit(match)
+
+
+def _only_answer(example: Example, start: int, stop: int) -> Example:
+    """The example up to the end of its last answer, of which alone the answer is supervised."""
+    is_trained = example.is_trained[:stop].copy()
+    is_trained[:start] = False
+    return Example(example.tokens[:stop], is_trained)

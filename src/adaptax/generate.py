@@ -15,13 +15,11 @@ from adaptax.mesh import replicated
 from adaptax.step import HEAD, Program
 
 
-def split_answer(example: Example) -> tuple[list[int], list[int]]:
-    """(prompt tokens, answer tokens) of an example: the answer is its last trained stretch without the end of turn."""
+def answer_span(example: Example) -> tuple[int, int]:
+    """(start, stop) of the last trained stretch of an example, the token that ends it included."""
     trained = np.flatnonzero(example.is_trained)
     breaks = np.flatnonzero(np.diff(trained) > 1)
-    start, stop = trained[breaks[-1] + 1 if breaks.size else 0], trained[-1] + 1
-    answer = example.tokens[start:stop].tolist()
-    return example.tokens[:start].tolist(), [t for t in answer if t not in (END_OF_TURN, EOS)]
+    return int(trained[breaks[-1] + 1 if breaks.size else 0]), int(trained[-1]) + 1
 
 
 Decode = Callable[..., tuple[jax.Array, jax.Array]]

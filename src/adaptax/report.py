@@ -17,7 +17,6 @@ from adaptax.models import Architecture, Family
 
 log = logging.getLogger(__name__)
 GIB = 2**30
-NUM_SHOWN = 4
 
 
 def log_table(table: Table) -> None:
@@ -88,6 +87,6 @@ def show_answers(prompts: Sequence[str], expected: Sequence[str], before: Sequen
     table = Table(title="held-out rows", show_lines=True)
     for column in ("request", "expected", "before", "after"):
         table.add_column(column, overflow="fold")
-    for row in list(zip(prompts, expected, before, after, strict=True))[:NUM_SHOWN]:
+    for row in zip(prompts, expected, before, after, strict=True):
         table.add_row(*(text.replace("[", r"\[") for text in row))
     log_table(table)

@@ -20,9 +20,8 @@ from jax.sharding import Mesh
 from adaptax.config import Config, UserError
 from adaptax.data.pipeline import BatchSource, Dataset, iterate, load_data, padded_length
 from adaptax.data.tokenizer import Tokenizer
-from adaptax.evaluate import Answers, answer_rows, evaluate_loss
+from adaptax.evaluate import Answers, build_answer, evaluate_loss
 from adaptax.export import save_peft_adapter
-from adaptax.generate import build_decode
 from adaptax.lora import Arrays, LoraSpec, build_model, init_adapters
 from adaptax.mesh import shard_batch
 from adaptax.metrics import MetricsLog, ProgressDisplay
@@ -91,9 +90,8 @@ def run(config: Config, mesh: Mesh, directory: Path) -> float:
     log.info("base weights from %s; start-up took %.1f s", source, time.monotonic() - started)
 
     evaluate = functools.partial(evaluate_loss, build_eval_step(eval_program), base, eval_batches, mesh)
-    answer = functools.partial(
-        answer_rows, build_decode(eval_program), base, held_out, config.training.exact_match_rows, mesh
-    )
+    _, rows, length = batches.shape
+    answer = build_answer(eval_program, base, held_out, config.training.exact_match_rows, rows, length)
     metrics = MetricsLog(directory if job.is_main else None, config.logging)
     try:
         before = answer(state.adapters)
@@ -261,4 +259,4 @@ def compare_answers(
     texts = [[tokenizer.decode(tokens).strip() for tokens in column] for column in columns]
     show_answers(texts[0], texts[1], texts[2], texts[3])
     shares = 100 * before.exact_match, 100 * after.exact_match
-    log.info("exact match on %d held-out rows: %.1f%% before, %.1f%% after", len(after.given), *shares)
+    log.info("exact match on %d held-out rows: %.1f%% before, %.1f%% after", after.num_rows, *shares)

@@ -43,6 +43,8 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Data
     """(training, evaluation) data; the latter is ``data.eval`` or a fraction held out by the seed, and may be empty."""
     if not paths_of(config.train):
         raise UserError("data.train is not set: data.train=FILE.jsonl")
+    if any(name.startswith("embedded:") for name in paths_of(config.train)):
+        log.info("the training rows are the small dataset that ships with adaptax; data.train=FILE takes your own")
     train = encode_files(paths_of(config.train), config, tokenizer)
     if paths_of(config.eval):
         return train, encode_files(paths_of(config.eval), config, tokenizer)
@@ -104,11 +106,11 @@ class BatchSource:
 
     def __init__(self, data: Dataset, *, num_micro: int, batch_size: int, length: int, shuffle: bool, seed: int):
         self._rows_per_batch = num_micro * batch_size
-        self._shape = (num_micro, batch_size, length)
+        self.shape = (num_micro, batch_size, length)
         self._num_rows = len(data.examples)
         rows = grain.MapDataset.source(data.examples)
         self._rows = (rows.seed(seed).shuffle() if shuffle else rows).repeat()
-        self.tokens_per_batch = math.prod(self._shape)  # padding included
+        self.tokens_per_batch = math.prod(self.shape)  # padding included
         self.steps_per_epoch = math.ceil(self._num_rows / self._rows_per_batch)
 
     def __len__(self) -> int:
@@ -119,7 +121,7 @@ class BatchSource:
         start = place * self._rows_per_batch
         stop = min(start + self._rows_per_batch, self._num_rows)
         rows = [self._rows[epoch * self._num_rows + i] for i in range(start, stop)]
-        return pad_batch([row for row in rows if row is not None], self._shape)
+        return pad_batch([row for row in rows if row is not None], self.shape)
 
 
 def pad_batch(examples: Sequence[Example], shape: tuple[int, int, int]) -> dict[str, np.ndarray]:

@@ -107,7 +107,7 @@ def test_answers_are_scored_before_and_after_and_shown_side_by_side(tmp_path: Pa
 
 def test_the_start_up_table_tells_what_is_adapted(tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.INFO, "adaptax"):
-        train(tmp_path, "training.num_batches=1", 'model.lora_module_path="layers/[45]/mlp/.*"', "model.lora_rank=2")
+        train(tmp_path, "training.num_batches=2", 'model.lora_module_path="layers/[45]/mlp/.*"', "model.lora_rank=2")
     text = " ".join(caplog.text.split())
     assert "mlp/up_proj │ 2 of 6 │ 2,560" in text
     assert "7,680 trainable beside 1,691,136 frozen parameters" in text

@@ -5,7 +5,6 @@ The frozen base is an argument beside the state: it is not differentiated, not d
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -59,10 +58,9 @@ def init_state(adapters: Arrays, optimizer: optax.GradientTransformation, mesh: 
     shapes = jax.eval_shape(optimizer.init, adapters)
     shardings = jax.tree_util.tree_map_with_path(place, shapes)
     moments = jax.jit(optimizer.init, out_shardings=shardings)(adapters)
-    zero = functools.partial(jax.device_put, device=replicated(mesh))
-    return TrainState(
-        adapters, moments, zero(jnp.int32(0)), zero(jax.random.key(seed)), zero(jnp.int32(0)), zero(jnp.int32(0))
-    )
+    zero = jnp.zeros((), jnp.int32)
+    counters = jax.jit(lambda: (zero, jax.random.key(seed), zero, zero), out_shardings=replicated(mesh))
+    return TrainState(adapters, moments, *counters())
 
 
 def build_train_step(

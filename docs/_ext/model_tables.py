@@ -109,8 +109,8 @@ class PartitionTable(SphinxDirective):
         checkpoint = FAMILY.checkpoint
         arrays = dict(checkpoint.parameter_axes(SIZES["270m"]))
         for kind in checkpoint.LINEARS:
-            for suffix, axes in zip("ab", checkpoint.adapter_axes(kind), strict=True):
-                arrays[f"layers/{kind}/w_lora_{suffix}"] = axes
+            (in_axis, _), (out_axis, _) = checkpoint.adapter_axes(SIZES["270m"], kind)
+            arrays |= {f"layers/{kind}/w_lora_a": f"L{in_axis}R", f"layers/{kind}/w_lora_b": f"LR{out_axis}"}
         rows = []
         for path, axes in arrays.items():
             is_vector = len(axes.lstrip("L")) < 2

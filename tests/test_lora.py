@@ -126,6 +126,17 @@ def test_adapters_add_alpha_over_rank_times_a_b_to_the_weights_of_their_layers(l
     assert np.abs(adapted - plain).max() > 1e-2
 
 
+@pytest.mark.parametrize("rank", [32, 128, 512])
+def test_a_rank_as_large_as_an_axis_and_weights_of_another_type_confuse_nothing(rank: int, base) -> None:
+    """qwix tells a weight from its adapters by shape where it must; at rank 128 and 512 their shapes are alike here."""
+    half = {path: array.astype(jnp.bfloat16) for path, array in base.items()}
+    spec = support.full_spec(ARCH, rank=rank)
+    trainer = support.Trainer(ARCH, half, spec, support.make_mesh(), support.optimizer_config("sgd", 1.0))
+    trainer.run(support.random_batch(ARCH.vocab_size, (1, 2, 16)))
+    moved = {p for p, a in trainer.state.adapters.items() if p.endswith("_b") and np.asarray(a).any(axis=(1, 2)).all()}
+    assert moved == {f"layers/{kind}/w_lora_b" for kind in LINEARS}
+
+
 def test_dropout_acts_in_training_only_and_differs_by_key_and_layer(base) -> None:
     spec = support.full_spec(ARCH, dropout=0.5)
     adapters = support.random_adapters(ARCH, spec, support.make_mesh())

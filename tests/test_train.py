@@ -86,7 +86,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path)
 
 
 def test_a_run_that_stays_non_finite_stops_with_a_report_and_keeps_its_metrics(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"not finite, for the 2th step in a row.*optimizer\.learning_rate") as caught:
+    with pytest.raises(UserError, match=r"not finite, 2 steps in a row.*optimizer\.learning_rate") as caught:
         train(tmp_path, "optimizer.learning_rate=1e30", "optimizer.max_grad_norm=null", "training.max_nonfinite=2")
     assert "\n" not in str(caught.value)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -113,6 +113,13 @@ def test_the_start_up_table_tells_what_is_adapted(tmp_path: Path, caplog) -> Non
     assert "7,680 trainable beside 1,691,136 frozen parameters" in text
     assert "model.lora_rank=2 is outside the usual 4 to 128" in text
     assert "peak" in text
+
+
+def test_a_folder_that_holds_a_run_is_refused(short_run) -> None:
+    directory, _, rows = short_run
+    with pytest.raises(UserError, match="holds an earlier run"):
+        train(directory)
+    assert len((directory / "metrics.jsonl").read_text().splitlines()) == len(rows)
 
 
 def test_nothing_held_out_gives_the_last_training_loss(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import support
 from adaptax.config import UserError
-from adaptax.models import find_architecture
-from adaptax.weights import fetch_weights
+from adaptax.models import find_architecture, find_source
+from adaptax.weights import fetch_files
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -65,6 +65,14 @@ def test_an_index_that_leaves_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((GOLDEN / "text" / "config.json").read_text())
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../x.safetensors"}}))
     with pytest.raises(UserError, match="must not leave the directory"):
+        support.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
+def test_a_broken_index_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((GOLDEN / "text" / "config.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=r"index\.json is not a valid index"):
         support.open_checkpoint(tmp_path)
 
 
@@ -166,6 +174,8 @@ def test_the_size_must_fit_the_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"num_hidden_layers": "6"}, "num_hidden_layers must be a number above 0, not '6'"),
+        ({"sliding_window": None}, "sliding_window must be a number above 0, not None"),
         ({"model_type": "gemma2"}, "model_type is 'gemma2'"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not supported"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
@@ -200,7 +210,7 @@ def test_old_and_sparse_spellings_of_config_json_are_read(tmp_path: Path) -> Non
 def test_a_source_that_cannot_be_had_says_how_to_get_it(source: str, words: str) -> None:
     """The tests run with HF_HUB_OFFLINE=1."""
     with pytest.raises(UserError, match=words):
-        fetch_weights(source)
+        fetch_files(find_source(support.model_config(source)))
 
 
 _PEAK = """

@@ -98,18 +98,25 @@ def _train(cfg: DictConfig) -> float:
         from adaptax import train
 
         return train.run(config, device_mesh, directory)
-    except (UserError, OmegaConfBaseException) as error:
+    except Exception as error:
+        is_ours = isinstance(error, (UserError, OmegaConfBaseException))
         message = str(error) if isinstance(error, UserError) else _one_line(error)
         if HydraConfig.get().mode == RunMode.RUN:
+            if not is_ours:
+                raise
+            _record(message)
             _fail(message)
-        print(f"error in job {HydraConfig.get().job.num}: {message}", file=sys.stderr)  # the sweep goes on
-        raise UserError(message) from None
+        if not is_ours:
+            traceback.print_exc()
+        traceback.clear_frames(error.__traceback__)  # the sweep goes on, without this job's arrays
+    message = f"error in job {HydraConfig.get().job.num}: {message}"
+    _record(message)
+    print(message, file=sys.stderr)
+    raise UserError(message)
 
 
 def check_model(config: Config) -> None:
     """Everything about the model that can be found wrong before jax is imported and weights are fetched."""
-    if config.model.model_size == "auto" and not config.model.weights:
-        raise UserError("model.model_size=auto reads the checkpoint's config.json: set model.weights=DIRECTORY")
     family, arch = find_family(config.model.model_family), find_architecture(config.model)
     match_modules(config.model, arch)
     check_divisible(family.checkpoint.axis_sizes(arch), config.model.mesh_shape)
@@ -171,6 +178,14 @@ def _unknown_key(key: str) -> str:
     if key.partition(".")[0] == "experiment":
         return "a file of conf/experiment needs the line '# @package _global_' among its first comments"
     return unknown_key(key, key_paths())
+
+
+def _record(message: str) -> None:
+    """Writes into the run's log file alone, why it stopped."""
+    record = log.makeRecord(log.name, logging.ERROR, __file__, 0, message, (), None)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.emit(record)
 
 
 def _fail(message: str) -> NoReturn:

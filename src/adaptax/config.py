@@ -96,7 +96,7 @@ class ScheduleConfig:
 
     name: str = knob("Shape after warm-up.", choices=("constant", "linear", "cosine"))
     warmup_steps: int = knob("Steps of linear warm-up from 0.", minimum=0)
-    final_fraction: float = knob("Learning rate at the last step as a share of the peak.", minimum=0, maximum=1)
+    final_fraction: float = knob("Share of the peak that the rate ends at, after the last step.", minimum=0, maximum=1)
 
 
 @dataclass
@@ -112,7 +112,9 @@ class TrainingConfig:
         "Held-out rows answered before and after training and scored by exact match; 0 for none.", minimum=0
     )
     max_nonfinite: int = knob("Stop after so many steps in a row with a non-finite loss or gradient.", minimum=1)
-    seed: int = knob("Seed of adapters, shuffling and dropout.", minimum=0, maximum=2**32 - 1)
+    seed: int = knob(
+        "Seed of adapters, shuffling and dropout; the held-out rows do not depend on it.", minimum=0, maximum=2**32 - 1
+    )
 
 
 @dataclass
@@ -161,6 +163,8 @@ def build(values: Mapping[str, Any]) -> Config:
         problems += _check_mesh_shape(config.model.mesh_shape)
     if config.model and isinstance(config.model.lora_module_path, str):
         problems += _check_regex(config.model.lora_module_path)
+    if config.model and isinstance(name := config.model.tokenizer, str) and not locate(name).is_file():
+        problems.append(f"model.tokenizer={name}: no such file")
     problems += _check_paths(config.data) if config.data else []
     if problems:
         raise UserError("; ".join(problems))

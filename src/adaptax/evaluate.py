@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from adaptax.data.chat import Example
 from adaptax.data.pipeline import BatchSource, Dataset
+from adaptax.data.tokenizer import END_OF_TURN
 from adaptax.generate import answer_span, build_decode, greedy
 from adaptax.lora import Arrays, merge_model
 from adaptax.loss import chunk_size
@@ -18,7 +19,7 @@ from adaptax.mesh import shard_batch
 from adaptax.step import HEAD, Batch, Program
 
 EvalStep = Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array]]
-NUM_SHOWN = 4
+NUM_SHOWN, MAX_SHOWN_TOKENS = 4, 256
 
 
 def evaluate_loss(
@@ -48,14 +49,17 @@ def build_answer(
 ) -> Callable[[Arrays], Answers | None]:
     """A function from adapters to the score of the first ``num_rows`` held-out rows; None where there are none.
 
+    Plain documents, and conversations that were cut before the end of their last answer, have no score.
+
     A greedy answer is the expected one exactly where every expected token, the end of the turn included, is the most
     likely one behind those before it. So one pass over the expected answers scores them all, and only the few that are
     shown are generated; these may be a fourth longer than the expected ones.
     """
-    rows = data.examples[:num_rows]
-    if not rows:
+    answered = [(row, answer_span(row)) for row in data.examples]
+    whole = [(row, span) for row, span in answered if span[0] > 1 and row.tokens[span[1] - 1] == END_OF_TURN][:num_rows]
+    if not whole:
         return lambda adapters: None
-    spans = [answer_span(row) for row in rows]
+    rows, spans = zip(*whole, strict=True)
     batches = BatchSource(
         Dataset([_only_answer(row, *span) for row, span in zip(rows, spans, strict=True)]),
         num_micro=1,
@@ -67,7 +71,7 @@ def build_answer(
     match, decode = build_match(program), build_decode(program)
     prompts = [row.tokens[:start].tolist() for row, (start, _) in zip(rows, spans, strict=True)][:NUM_SHOWN]
     expected = [row.tokens[start : stop - 1].tolist() for row, (start, stop) in zip(rows, spans, strict=True)]
-    max_new_tokens = max(map(len, expected)) * 5 // 4 + 1
+    max_new_tokens = min(max(map(len, expected[:NUM_SHOWN])) * 5 // 4 + 1, MAX_SHOWN_TOKENS)
 
     def answer(adapters: Arrays) -> Answers:
         sharded = (shard_batch(batches[k], program.mesh) for k in range(batches.steps_per_epoch))
@@ -85,12 +89,12 @@ def build_match(program: Program) -> Callable[[Arrays, Arrays, Batch], jax.Array
         micro = {name: array[0] for name, array in batch.items()}
         model = merge_model(program.graphdef, base, adapters, program.spec, program.dtype)
         hidden_BTD = model(micro["tokens"], micro["positions"], micro["segments"], dtype=program.dtype)
-        head_VD = base[HEAD].astype(program.dtype)
         B, T, D = hidden_BTD.shape
-        C = max(1, min(T, chunk_size(head_VD.shape[0]) // B))  # positions at a time: no [tokens, vocabulary] array
+        C = max(1, min(T, chunk_size(base[HEAD].shape[0]) // B))  # positions at a time: no [tokens, vocabulary] array
         padded = jnp.pad(hidden_BTD, ((0, 0), (0, -T % C), (0, 0))).reshape(B, -1, C, D).swapaxes(0, 1)
 
         def most_likely(hidden_BCD: jax.Array) -> jax.Array:
+            head_VD = base[HEAD].astype(program.dtype)
             return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=jnp.float32).argmax(-1)
 
         best_BT = jax.lax.map(most_likely, padded).swapaxes(0, 1).reshape(B, -1)[:, :T]

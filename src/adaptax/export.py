@@ -44,8 +44,11 @@ def save_peft_adapter(
     text = json.dumps(peft_config(tensors, spec, family, arch, source), indent=2)
     (partial / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     _check_written(partial / "adapter_model.safetensors", tensors)
-    shutil.rmtree(directory, ignore_errors=True)
+    old = directory.with_name(directory.name + ".old")
+    if directory.exists():
+        directory.rename(old)
     partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def peft_tensors(

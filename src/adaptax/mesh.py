@@ -19,11 +19,13 @@ PARTITION_RULES: dict[str, str] = {"B": "fsdp", "D": "fsdp", "V": "tp", "N": "tp
 def start_processes() -> None:
     """Joins the other processes of this run, if the environment tells of any (``JAX_*`` variables, or srun)."""
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if jax.distributed.is_initialized():  # by an earlier job of a sweep
+        return
     if address:
         count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-        if count is None or index is None:
-            raise UserError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID too")
-        jax.distributed.initialize(address, int(count), int(index))
+        if not (count or "").isdecimal() or not (index or "").isdecimal():
+            raise UserError("JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers too")
+        jax.distributed.initialize(address, int(count or 0), int(index or 0))
     elif "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         jax.distributed.initialize()
 

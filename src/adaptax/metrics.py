@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from adaptax.config import LoggingConfig
@@ -27,7 +28,7 @@ class MetricsLog:
     def __init__(self, directory: Path | None, config: LoggingConfig):
         self._directory, self._config = directory, config
         self._rows: list[dict[str, Any]] = []
-        self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8") if directory else None
+        self._file = (directory / "metrics.jsonl").open("x", encoding="utf-8") if directory else None
         self._events = None
         if directory and config.tensorboard:
             from tensorboardX import SummaryWriter
@@ -91,7 +92,7 @@ class ProgressDisplay:
     def __enter__(self) -> ProgressDisplay:
         if self._mode == "bar":
             columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, TimeRemainingColumn())
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             self._task = self._bar.add_task("compiling", total=self._num_steps)
             self._bar.start()
         return self

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from adaptax.config import ModelConfig
 from adaptax.lora import LoraSpec, adapter_shapes
@@ -34,7 +35,7 @@ def describe_adapters(config: ModelConfig, family: Family, arch: Architecture, s
     trainable = {kind: 0 for kind in spec.layers}
     for path, (shape, _) in shapes.items():
         trainable[path.removeprefix("layers/").rpartition("/")[0]] += math.prod(shape)
-    table = Table(title=f"{config.model_family} {config.model_size}, adapters at {config.lora_module_path}")
+    table = Table(title=Text(f"{config.model_family} {config.model_size}, adapters at {config.lora_module_path}"))
     for column in ("module kind", "layers", "trainable"):
         table.add_column(column, justify="left" if column == "module kind" else "right")
     for kind, layers in spec.layers.items():
@@ -88,5 +89,5 @@ def show_answers(prompts: Sequence[str], expected: Sequence[str], before: Sequen
     for column in ("request", "expected", "before", "after"):
         table.add_column(column, overflow="fold")
     for row in zip(prompts, expected, before, after, strict=True):
-        table.add_row(*(text.replace("[", r"\[") for text in row))
+        table.add_row(*map(Text, row))
     log_table(table)

@@ -98,7 +98,7 @@ def build_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(schedule(state.step - state.num_nonfinite), jnp.float32),
             "num_supervised": num_tokens,
             "num_tokens": (batch["segments"] > 0).sum(),
             "num_nonfinite": num_nonfinite,

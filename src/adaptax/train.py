@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from adaptax.config import Config, UserError
+from adaptax.config import Config, UserError, locate
 from adaptax.data.pipeline import BatchSource, Dataset, iterate, load_data, padded_length
 from adaptax.data.tokenizer import Tokenizer
 from adaptax.evaluate import Answers, build_answer, evaluate_loss
@@ -25,11 +25,11 @@ from adaptax.export import save_peft_adapter
 from adaptax.lora import Arrays, LoraSpec, build_model, init_adapters
 from adaptax.mesh import shard_batch
 from adaptax.metrics import MetricsLog, ProgressDisplay
-from adaptax.models import ASSETS, Architecture, Family, find_architecture, find_family, find_source, match_modules
+from adaptax.models import Architecture, Family, find_architecture, find_family, find_source, match_modules
 from adaptax.optim import build_optimizer
 from adaptax.report import describe_adapters, describe_memory, show_answers
 from adaptax.step import Program, TrainState, build_eval_step, build_train_step, init_state
-from adaptax.weights import describe_weights, fetch_weights, load_weights
+from adaptax.weights import SMALL_FILES, describe_weights, fetch_files, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,10 @@ class Job:
     source: str  # of the base weights
     num_steps: int
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this process is the one that writes."""
-        return jax.process_index() == 0
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return jax.process_index() == 0
 
 
 def run(config: Config, mesh: Mesh, directory: Path) -> float:
@@ -62,7 +62,11 @@ def run(config: Config, mesh: Mesh, directory: Path) -> float:
     started = time.monotonic()
     seed = config.training.seed
     source = find_source(config.model)
-    weights_directory = fetch_weights(source)
+    if not is_main():
+        logging.getLogger("adaptax").setLevel(logging.WARNING)
+    if is_main() and (directory / "metrics.jsonl").exists():
+        raise UserError(f"{directory} holds an earlier run; choose another hydra.run.dir")
+    weights_directory = fetch_files(source, SMALL_FILES)
     family, arch = find_family(config.model.model_family), find_architecture(config.model, weights_directory)
     spec = build_spec(config, arch)
     describe_adapters(config.model, family, arch, spec)
@@ -70,7 +74,7 @@ def run(config: Config, mesh: Mesh, directory: Path) -> float:
     tokenizer = Tokenizer(find_tokenizer(config, weights_directory))
     if tokenizer.vocab_size > arch.vocab_size:
         raise UserError(f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model only {arch.vocab_size} rows")
-    data, held_out = load_data(config.data, tokenizer, seed)
+    data, held_out = load_data(config.data, tokenizer)
     batches, eval_batches = build_batches(config, mesh, data, held_out)
     num_steps = config.training.num_epochs * (config.training.num_batches or batches.steps_per_epoch)
     job = Job(config, directory, mesh, family, arch, spec, source, num_steps)
@@ -81,6 +85,8 @@ def run(config: Config, mesh: Mesh, directory: Path) -> float:
     optimizer, schedule = build_optimizer(config.optimizer, config.schedule, num_steps)
     state = init_state(init_adapters(family, arch, spec, mesh, seed), optimizer, mesh, seed)
 
+    jax.config.update("jax_default_matmul_precision", "highest" if dtype == jnp.float32 else None)
+    weights_directory = fetch_files(source)
     base_shapes = describe_weights(weights_directory, arch, family.checkpoint, mesh, dtype)
     compiling = time.monotonic()
     lowered = build_train_step(program, optimizer, schedule).lower(state, base_shapes, shard_batch(batches[0], mesh))
@@ -92,7 +98,7 @@ def run(config: Config, mesh: Mesh, directory: Path) -> float:
     evaluate = functools.partial(evaluate_loss, build_eval_step(eval_program), base, eval_batches, mesh)
     _, rows, length = batches.shape
     answer = build_answer(eval_program, base, held_out, config.training.exact_match_rows, rows, length)
-    metrics = MetricsLog(directory if job.is_main else None, config.logging)
+    metrics = MetricsLog(directory if is_main() else None, config.logging)
     try:
         before = answer(state.adapters)
         state, final_loss = train_loop(job, train_step, evaluate, state, base, batches, metrics)
@@ -133,7 +139,7 @@ def train_loop(
         if host["nonfinite_in_row"] >= training.max_nonfinite:
             raise UserError(nonfinite_report(step, host))
 
-    with ProgressDisplay(job.config.logging, job.num_steps, job.is_main) as display:
+    with ProgressDisplay(job.config.logging, job.num_steps, is_main()) as display:
         stream = iterate(batches, 0, job.num_steps, job.config.data.prefetch_batches)
         for step, batch in enumerate(stream, start=1):
             state, values = train_step(state, base, shard_batch(batch, job.mesh))
@@ -148,6 +154,7 @@ def train_loop(
                 clock = time.monotonic()
             if every and step % every == 0 and not is_last:
                 keep_adapter(job, state.adapters, step)
+                clock = time.monotonic()
     return state, next(loss for loss in (losses["eval"], losses["train"]) if loss is not None)
 
 
@@ -161,8 +168,7 @@ def build_spec(config: Config, arch: Architecture) -> LoraSpec:
 def find_tokenizer(config: Config, weights_directory: Path | None) -> Path:
     """``model.tokenizer``, or the one beside the weights."""
     if config.model.tokenizer:
-        name = config.model.tokenizer
-        return ASSETS / name.removeprefix("embedded:") if name.startswith("embedded:") else Path(name).expanduser()
+        return locate(config.model.tokenizer)
     if weights_directory is None:
         raise UserError("model.weights=random has no tokenizer beside it: set model.tokenizer=FILE")
     return weights_directory / "tokenizer.model"
@@ -224,8 +230,8 @@ def record_evaluation(step: int, loss: float | None, metrics: MetricsLog) -> flo
 def nonfinite_report(step: int, values: dict[str, float]) -> str:
     """Why the run stops: the loss or gradient has not been finite for too long."""
     return (
-        f"step {step}: loss {values['loss']} and gradient norm {values['grad_norm']} are not finite, for the "
-        f"{int(values['nonfinite_in_row'])}th step in a row ({int(values['num_nonfinite'])} in all); their updates "
+        f"step {step}: loss {values['loss']} and gradient norm {values['grad_norm']} are not finite, "
+        f"{int(values['nonfinite_in_row'])} steps in a row now ({int(values['num_nonfinite'])} in all); their updates "
         f"were skipped. Lower optimizer.learning_rate, look at the rows, or use model.dtype=float32"
     )
 
@@ -234,7 +240,7 @@ def save_adapter(job: Job, adapters: Arrays, directory: Path) -> None:
     """Writes the adapters in PEFT's format, from the main process."""
     is_alone = jax.process_count() == 1
     host = jax.device_get(adapters) if is_alone else multihost_utils.process_allgather(adapters, tiled=True)
-    if job.is_main:
+    if is_main():
         arrays = {path: np.asarray(array) for path, array in host.items()}
         save_peft_adapter(directory, arrays, job.spec, job.family, job.arch, job.source)
 
@@ -243,7 +249,7 @@ def keep_adapter(job: Job, adapters: Arrays, step: int) -> None:
     """Writes the adapters of a step beside the run, and deletes the oldest ones over ``checkpoint.keep``."""
     folder = job.directory / "adapters"
     save_adapter(job, adapters, folder / f"step_{step:08d}")
-    if job.is_main:
+    if is_main():
         for old in sorted(folder.glob("step_????????"))[: -job.config.checkpoint.keep]:
             shutil.rmtree(old)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,37 +21,35 @@ from adaptax.config import UserError
 from adaptax.mesh import partition
 from adaptax.models import Architecture
 
-HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer.model")
+SMALL_FILES = ("config.json", "tokenizer.model")
+HUB_FILES = (*SMALL_FILES, "*.safetensors", "*.safetensors.index.json")
 PIECE_BYTES = 64 << 20  # the most that is read at once, so that host memory stays near the weights' own size
 DTYPES = ("F32", "BF16", "F16")
 _QUICKSTART = "python run_training.py +experiment=quickstart runs without a download"
 
 
-def fetch_weights(source: str) -> Path | None:
+def fetch_files(source: str, patterns: tuple[str, ...] = HUB_FILES) -> Path | None:
     """The directory of a source: itself, or the hub's snapshot (downloaded, or cached). None for ``random``.
 
-    The token is read from the environment (``HF_TOKEN``) or the hub's own login; ``HF_HUB_OFFLINE`` is honoured.
+    ``patterns`` are the files that are fetched; ``SMALL_FILES`` are enough to look at the model and the data. The token
+    is read from the environment (``HF_TOKEN``) or the hub's own login; ``HF_HUB_OFFLINE`` is honoured.
 
     Raises:
-      UserError: the source is neither, or the hub does not hand it out.
+      UserError: the hub does not hand it out.
     """
     if source == "random":
         return None
     directory = Path(source).expanduser()
-    if directory.is_dir():
-        return directory
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith((".", "/", "~")):
-        raise UserError(f"model.weights={source}: no such directory, and not a hub id such as google/gemma-3-1b-it")
-    return _download(source)
+    return directory if directory.is_dir() else _download(source, patterns)
 
 
-def _download(repo: str) -> Path:
+def _download(repo: str, patterns: tuple[str, ...]) -> Path:
     import huggingface_hub as hub  # slow to import, needed for hub ids alone
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{repo}"
     try:
-        return Path(hub.snapshot_download(repo, allow_patterns=list(HUB_FILES)))
+        return Path(hub.snapshot_download(repo, allow_patterns=list(patterns)))
     except errors.GatedRepoError:
         problem = f"is gated: accept its licence at {page}, then set HF_TOKEN or run `hf auth login`"
     except errors.RepositoryNotFoundError:
@@ -61,7 +58,9 @@ def _download(repo: str) -> Path:
         )
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         problem = "is not in the local cache and the hub is out of reach: connect once, or set model.weights=DIRECTORY"
-    except (errors.HfHubHTTPError, OSError) as error:
+    except errors.HFValidationError:
+        problem = "is not a valid hub id"
+    except Exception as error:  # whatever the transport raises: it is not in our hands
         problem = (
             f"could not be fetched from {page} ({type(error).__name__}): try again, or set model.weights=DIRECTORY"
         )
@@ -163,7 +162,10 @@ def _list_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Tensor name -> where it lies, from one or many safetensors files."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is not a valid index: it has no weight_map") from None
         if any(Path(name).name != name for name in names):
             raise UserError(f"{index}: file names must not leave the directory")
         paths = [directory / name for name in names]

@@ -191,9 +191,9 @@ def test_nothing_left_to_train_is_an_error(write_jsonl: Write, tokenizer: Tokeni
 # Training and held-out rows
 
 
-def load(path: Path, tokenizer: Tokenizer, seed: int = 0, **changes: Any) -> tuple[list[str], list[str]]:
+def load(path: Path, tokenizer: Tokenizer, **changes: Any) -> tuple[list[str], list[str]]:
     """The answers in (training, held-out) rows."""
-    train, held_out = load_data(data_config(str(path), **changes), tokenizer, seed)
+    train, held_out = load_data(data_config(str(path), **changes), tokenizer)
     texts = [[tokenizer.decode(e.tokens[e.is_trained].tolist()) for e in data.examples] for data in (train, held_out)]
     return texts[0], texts[1]
 
@@ -215,11 +215,11 @@ def test_held_out_rows_are_the_others(twenty: Path, tokenizer: Tokenizer, fracti
     assert [answer for answer in ANSWERS if answer in train] == train  # in the file's order
 
 
-def test_held_out_rows_are_drawn_by_the_seed(twenty: Path, tokenizer: Tokenizer) -> None:
-    draws = [load(twenty, tokenizer, seed=seed, eval_fraction=0.25)[1] for seed in (0, 0, 1, 2)]
+def test_held_out_rows_are_drawn_the_same_every_time(twenty: Path, tokenizer: Tokenizer) -> None:
+    """They do not depend on the run's seed, so that the losses of a sweep over seeds compare."""
+    draws = [load(twenty, tokenizer, eval_fraction=0.25)[1] for _ in range(2)]
     assert draws[0] == draws[1]
-    assert len({tuple(draw) for draw in draws[1:]}) == 3
-    assert draws[0] != ANSWERS[:5]
+    assert draws[0] not in (ANSWERS[:5], ANSWERS[-5:])
 
 
 def test_no_held_out_rows(twenty: Path, tokenizer: Tokenizer) -> None:
@@ -234,7 +234,7 @@ def test_held_out_rows_of_their_own(twenty: Path, write_jsonl: Write, tokenizer:
 
 def test_counts_of_the_cut_stay_with_the_training_rows(write_jsonl: Write, tokenizer: Tokenizer) -> None:
     path = write_jsonl([*[chat("q", "lamp " * 100)] * 4, chat("lamp " * 100, "a")])
-    train, held_out = load_data(data_config(str(path), eval_fraction=0.25, max_length=32), tokenizer, 0)
+    train, held_out = load_data(data_config(str(path), eval_fraction=0.25, max_length=32), tokenizer)
     assert (train.num_truncated, train.num_dropped) == (5, 1)
     assert (len(train.examples), len(held_out.examples)) == (3, 1)
 
@@ -248,7 +248,7 @@ def test_too_few_rows_to_hold_any_out(write_jsonl: Write, tokenizer: Tokenizer, 
 
 def test_no_training_file(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="data.train is not set"):
-        load_data(data_config(None), tokenizer, 0)
+        load_data(data_config(None), tokenizer)
 
 
 # Examples to batches

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import grain
 import numpy as np
@@ -17,6 +18,7 @@ from adaptax.data.sources import open_rows
 from adaptax.data.tokenizer import PAD, Tokenizer
 
 log = logging.getLogger(__name__)
+SPLIT_SEED = 0  # the same rows are held out whatever the run's seed, so that a sweep compares like with like
 LENGTH_MULTIPLE = 8  # sequences are padded to a multiple of it
 
 
@@ -39,8 +41,8 @@ class Dataset:
         return max((len(e.tokens) for e in self.examples), default=0)
 
 
-def load_data(config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Dataset, Dataset]:
-    """(training, evaluation) data; the latter is ``data.eval`` or a fraction held out by the seed, and may be empty."""
+def load_data(config: DataConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset]:
+    """(training, evaluation) data; the latter is ``data.eval`` or a fraction held out, and may be empty."""
     if not paths_of(config.train):
         raise UserError("data.train is not set: data.train=FILE.jsonl")
     if any(name.startswith("embedded:") for name in paths_of(config.train)):
@@ -54,7 +56,7 @@ def load_data(config: DataConfig, tokenizer: Tokenizer, seed: int) -> tuple[Data
             f"data.train has {len(train.examples)} usable row(s): too few to hold out "
             f"data.eval_fraction={config.eval_fraction:g}; give more rows, data.eval=FILE or data.eval_fraction=0"
         )
-    order = np.random.default_rng(seed).permutation(len(train.examples))
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(train.examples))
     held_out, kept = order[:num_held_out], np.sort(order[num_held_out:])
     evaluation = Dataset([train.examples[i] for i in np.sort(held_out)])
     return Dataset([train.examples[i] for i in kept], train.num_truncated, train.num_dropped), evaluation
@@ -121,7 +123,7 @@ class BatchSource:
         start = place * self._rows_per_batch
         stop = min(start + self._rows_per_batch, self._num_rows)
         rows = [self._rows[epoch * self._num_rows + i] for i in range(start, stop)]
-        return pad_batch([row for row in rows if row is not None], self.shape)
+        return pad_batch(cast(list[Example], rows), self.shape)
 
 
 def pad_batch(examples: Sequence[Example], shape: tuple[int, int, int]) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from adaptax.config import ModelConfig, UserError, one_of
+from adaptax.config import ModelConfig, UserError, locate, one_of
 from adaptax.models import gemma3_weights
 from adaptax.models.gemma3_weights import Architecture
 
@@ -45,7 +45,11 @@ def find_source(config: ModelConfig) -> str:
     source = config.weights or checkpoint.DEFAULT_SOURCES.get(config.model_size)
     if source is None:
         raise UserError("model.model_size=auto reads the checkpoint's config.json: set model.weights=DIRECTORY")
-    return str(ASSETS / source.removeprefix("embedded:")) if source.startswith("embedded:") else source
+    if source == "random" or locate(source).is_dir():
+        return source if source == "random" else str(locate(source))
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+        raise UserError(f"model.weights={source}: no such directory, and not a hub id such as google/gemma-3-1b-it")
+    return source
 
 
 def find_architecture(config: ModelConfig, directory: Path | None = None) -> Architecture:
@@ -70,7 +74,7 @@ def find_architecture(config: ModelConfig, directory: Path | None = None) -> Arc
         found = checkpoint.read_architecture(json.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: model.weights must be a Hugging Face checkpoint directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{path} is not a valid config.json: {error}") from None
     if config.model_size != "auto":
         _check_size(checkpoint.SIZES[config.model_size], found, config.model_size, path)

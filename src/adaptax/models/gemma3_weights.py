@@ -144,6 +144,10 @@ def _product(axes: str, sizes: Mapping[str, int]) -> int:
     return product
 
 
+_NUMBERS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+_NUMBERS += ("head_dim", "vocab_size", "query_pre_attn_scalar", "rms_norm_eps", "sliding_window")
+
+
 def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
     """The numbers in a checkpoint's ``config.json``, old and new spellings, absent values at their defaults.
 
@@ -155,6 +159,10 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
         raise UserError(f"{source}: model_type is {model_type!r}, not gemma3 or gemma3_text")
     text = config.get("text_config", {}) if model_type == "gemma3" else config
     _refuse_unsupported(text, source)
+    for key in _NUMBERS:
+        value = text.get(key)
+        if key in text and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            raise UserError(f"{source}: {key} must be a number above 0, not {value!r}")
     num_layers = text.get("num_hidden_layers", 26)
     theta_local, theta_global, factor = _read_rope(text, source)
     return Architecture(
@@ -165,7 +173,7 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
         num_kv_heads=text.get("num_key_value_heads", 4),
         head_dim=text.get("head_dim", 256),
         vocab_size=text.get("vocab_size", 262_208),
-        sliding_window=text.get("sliding_window") or 4096,
+        sliding_window=text.get("sliding_window", 4096),
         query_pre_attn_scalar=text.get("query_pre_attn_scalar", 256),
         global_layers=_read_global_layers(text, num_layers, source),
         rope_theta_local=theta_local,

@@ -109,9 +109,8 @@ def _train(cfg: DictConfig) -> float:
         if not is_ours:
             traceback.print_exc()
         traceback.clear_frames(error.__traceback__)  # the sweep goes on, without this job's arrays
-    message = f"error in job {HydraConfig.get().job.num}: {message}"
     _record(message)
-    print(message, file=sys.stderr)
+    print(f"error in job {HydraConfig.get().job.num}: {message}", file=sys.stderr)
     raise UserError(message)
 
 

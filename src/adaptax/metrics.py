@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from adaptax.config import LoggingConfig
 
 log = logging.getLogger(__name__)
+LOG_SCALE_RATIO = 20
 
 
 class MetricsLog:
@@ -70,7 +71,10 @@ def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set(xlabel="step", ylabel="loss (nats per trained token)")
-    axes.grid(alpha=0.3)
+    axes.grid(alpha=0.3, which="both")
+    losses = [row[name] for row in rows for name in ("train_loss", "eval_loss") if row.get(name)]
+    if losses and max(losses) > LOG_SCALE_RATIO * min(losses):
+        axes.set_yscale("log")  # else all but the first steps would lie on the axis
     if axes.lines:
         axes.legend()
     figure.savefig(path, dpi=120)

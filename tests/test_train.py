@@ -102,6 +102,8 @@ def test_answers_are_scored_before_and_after_and_shown_side_by_side(tmp_path: Pa
     assert 0 <= scores["eval_exact_match_before"] <= 1
     assert "held-out rows" in caplog.text
     assert '{"action":' in caplog.text
+    assert "│ switch the hallway fan" in caplog.text  # what the user said, without the template
+    assert "start_of_turn" not in caplog.text
     assert "exact match on 8 held-out rows" in caplog.text
 
 

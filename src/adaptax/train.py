@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from adaptax.config import Config, UserError, locate
+from adaptax.data.chat import last_request
 from adaptax.data.pipeline import BatchSource, Dataset, iterate, load_data, padded_length
 from adaptax.data.tokenizer import Tokenizer
 from adaptax.evaluate import Answers, build_answer, evaluate_loss
@@ -261,8 +262,9 @@ def compare_answers(
     if before is None or after is None:
         return
     metrics.write(step, {"eval_exact_match_before": before.exact_match, "eval_exact_match": after.exact_match})
-    columns = (after.prompts, after.expected, before.given, after.given)
-    texts = [[tokenizer.decode(tokens).strip() for tokens in column] for column in columns]
-    show_answers(texts[0], texts[1], texts[2], texts[3])
+    requests = [last_request(tokens, tokenizer) for tokens in after.prompts]
+    columns = (after.expected, before.given, after.given)
+    expected, earlier, later = ([tokenizer.decode(tokens) for tokens in column] for column in columns)
+    show_answers(requests, expected, earlier, later)
     shares = 100 * before.exact_match, 100 * after.exact_match
     log.info("exact match on %d held-out rows: %.1f%% before, %.1f%% after", after.num_rows, *shares)

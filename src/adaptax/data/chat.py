@@ -48,6 +48,12 @@ def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> Example:
     return Example(np.array(tokens, np.int32), np.array(trained, bool))
 
 
+def last_request(tokens: list[int], tokenizer: Tokenizer) -> str:
+    """What the user said last in a prompt, without the template around it."""
+    text = tokenizer.decode(tokens)
+    return text.rpartition("<start_of_turn>user\n")[2].partition("<end_of_turn>")[0]
+
+
 def encode_text(text: str, tokenizer: Tokenizer) -> Example:
     """A plain document between BOS and EOS, all of it trained."""
     if not text.strip():

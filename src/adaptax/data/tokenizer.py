@@ -53,5 +53,5 @@ class Tokenizer:
         return [token for piece in [*pieces, text[start:]] for token in self._model.encode(piece)]
 
     def decode(self, tokens: list[int]) -> str:
-        """Text of tokens; control tokens vanish."""
+        """Text of tokens; those of the turns stay visible, other control tokens vanish."""
         return self._model.decode(tokens)

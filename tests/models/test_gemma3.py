@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,19 +111,17 @@ def test_compile_time_and_temporaries_do_not_grow_with_depth() -> None:
     adapter_bytes = sum(array.nbytes for array in adapters.values()) / base.num_layers
     growth = (measured[34][1] - measured[18][1]) / 16
     assert growth <= 1.1 * (kept + 2 * adapter_bytes)
-    assert measured[34][0] <= 2 * measured[18][0]
+    assert measured[34][0] == pytest.approx(measured[18][0], rel=0.02)  # unrolled, it would be nearly twice as long
 
 
 def _pattern(depth: int) -> tuple[bool, ...]:
     return tuple((i + 1) % 6 == 0 for i in range(depth))
 
 
-def _compile(arch: Architecture) -> tuple[float, int]:
-    """(seconds, bytes of temporaries) of a training step."""
+def _compile(arch: Architecture) -> tuple[int, int]:
+    """(lines of the compiled program, which compile time follows; bytes of temporaries) of a training step."""
     mesh = support.make_mesh()
     trainer = support.Trainer(arch, support.load(None, arch, mesh), support.full_spec(arch), mesh)
     batch = support.shard_batch(support.random_batch(arch.vocab_size, (1, 4, 64)), mesh)
-    lowered = trainer.step.lower(trainer.state, trainer.base, batch)
-    started = time.monotonic()
-    compiled = lowered.compile()
-    return time.monotonic() - started, compiled.memory_analysis().temp_size_in_bytes
+    compiled = trainer.step.lower(trainer.state, trainer.base, batch).compile()
+    return len(compiled.as_text().splitlines()), compiled.memory_analysis().temp_size_in_bytes

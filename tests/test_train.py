@@ -117,13 +117,6 @@ def test_the_start_up_table_tells_what_is_adapted(tmp_path: Path, caplog) -> Non
     assert "peak" in text
 
 
-def test_a_folder_that_holds_a_run_is_refused(short_run) -> None:
-    directory, _, rows = short_run
-    with pytest.raises(UserError, match="holds an earlier run"):
-        train(directory)
-    assert len((directory / "metrics.jsonl").read_text().splitlines()) == len(rows)
-
-
 def test_nothing_held_out_gives_the_last_training_loss(tmp_path: Path) -> None:
     result, rows = train(tmp_path, "data.eval=null", "training.num_batches=2")
     assert not any("eval_loss" in row for row in rows)

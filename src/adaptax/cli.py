@@ -88,6 +88,8 @@ def _train(cfg: DictConfig) -> float:
         config = build(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
         check_model(config)
         directory = Path(HydraConfig.get().runtime.output_dir)
+        if (directory / "metrics.jsonl").exists():  # before anything of it is overwritten
+            raise UserError(f"{directory} holds an earlier run; choose another hydra.run.dir")
         OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), directory / "config.yaml")
 
         from adaptax import mesh

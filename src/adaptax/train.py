@@ -65,8 +65,6 @@ def run(config: Config, mesh: Mesh, directory: Path) -> float:
     source = find_source(config.model)
     if not is_main():
         logging.getLogger("adaptax").setLevel(logging.WARNING)
-    if is_main() and (directory / "metrics.jsonl").exists():
-        raise UserError(f"{directory} holds an earlier run; choose another hydra.run.dir")
     weights_directory = fetch_files(source, SMALL_FILES)
     family, arch = find_family(config.model.model_family), find_architecture(config.model, weights_directory)
     spec = build_spec(config, arch)

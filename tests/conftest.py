@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import os
 import shutil
@@ -16,11 +17,18 @@ import pytest
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="adaptax-datasets-")
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+# Tokens and tables go to a folder of this session; models and fonts stay where the user's other programs look for them.
+_home_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+_session_cache = Path(tempfile.mkdtemp(prefix="adaptax-tests-"))
+os.environ.setdefault("HF_HOME", str(_home_cache / "huggingface"))
+os.environ.setdefault("MPLCONFIGDIR", str(_home_cache / "matplotlib"))
+os.environ["XDG_CACHE_HOME"] = str(_session_cache)
+os.environ["HF_DATASETS_CACHE"] = str(_session_cache / "datasets")
+atexit.register(shutil.rmtree, _session_cache, ignore_errors=True)
 
 from adaptax.data.tokenizer import Tokenizer  # noqa: E402
 from adaptax.models import ASSETS  # noqa: E402
+from command_line import Answer, start_process  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +48,20 @@ def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A user's folder with training rows."""
+    folder = tmp_path / "home"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    return folder
+
+
+@pytest.fixture
+def run(home: Path, tmp_path: Path) -> Callable[..., Answer]:
+    """Runs ``python run_training.py`` with these arguments in the user's folder."""
+    site = tmp_path / "site"
+    site.mkdir()
+    return functools.partial(start_process, home, site)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "src" / "adaptax").rglob("*.py"))
-JAX_FREE = ("config", "cli", "models", "models.gemma3_weights")
+JAX_FREE = ("config", "cli", "models", "models.gemma3_weights", "models.hub", "data.feed", "preview")
 
 
 def test_imports_only_go_down_and_only_the_command_line_knows_hydra() -> None:

@@ -4,72 +4,17 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-SCRIPT = Path(__file__).parents[1] / "run_training.py"
+from command_line import Answer
+
 LIMIT_SECONDS = 2.0
 ROWS = "data.train=rows.jsonl"
 BIG_MESH = "model.mesh_shape=[[64,1],[fsdp,tp]]"  # more devices than there are: ends a run that is otherwise good
-
-# Run by every Python that finds it on its path: tells at exit whether jax was imported.
-WITNESS = """\
-import atexit, pathlib, sys
-atexit.register(lambda: pathlib.Path(__file__).with_name("witness").write_text(str("jax" in sys.modules)))
-"""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a process ended."""
-
-    code: int
-    out: str
-    err: str
-    seconds: float
-    imported_jax: bool
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """A user's folder with training rows."""
-    folder = tmp_path / "home"
-    folder.mkdir()
-    (folder / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    return folder
-
-
-@pytest.fixture
-def run(home: Path, tmp_path: Path) -> Callable[..., Answer]:
-    """Runs ``python run_training.py`` with these arguments in the user's folder."""
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(WITNESS)
-
-    def start(*arguments: str) -> Answer:
-        (site / "witness").unlink(missing_ok=True)
-        started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, SCRIPT, *arguments],
-            cwd=home,
-            env=os.environ | {"PYTHONPATH": str(site)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        seconds = time.monotonic() - started
-        imported_jax = (site / "witness").read_text() == "True"
-        return Answer(done.returncode, done.stdout, done.stderr, seconds, imported_jax)
-
-    return start
 
 
 def expect_error(run: Callable[..., Answer], arguments: list[str], words: list[str], *, jax: bool = False) -> None:
@@ -151,8 +96,8 @@ def test_mistakes_are_one_line(run: Callable[..., Answer], arguments: list[str],
 
 
 def test_every_wrong_value_is_named_at_once(run: Callable[..., Answer]) -> None:
-    arguments = ["model.lora_rank=0", "model.lora_module_path='('", "training.num_epochs=0", "data.train=gone.jsonl"]
-    words = ["model.lora_rank must", "model.lora_module_path='('", "training.num_epochs must", "gone.jsonl: no such"]
+    arguments = ["model.lora_rank=0", "model.lora_module_path='('", "training.num_epochs=0", "data.train=3"]
+    words = ["model.lora_rank must", "model.lora_module_path='('", "training.num_epochs must", "data.train must be"]
     expect_error(run, arguments, words)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import json
@@ -103,7 +104,12 @@ def first_values(overrides: list[str]) -> list[str]:
 
 def compose(arguments: list[str], folder: Path) -> dict[str, Any]:
     """The configuration of a command line's (first) job, as plain values."""
-    options = get_args_parser().parse_intermixed_args(arguments)
+    if arguments[0] in ("train", "preview"):
+        own = argparse.ArgumentParser(allow_abbrev=False)
+        own.add_argument("--rows")
+        own.add_argument("--html")
+        _, arguments = own.parse_known_args(arguments[1:])
+    options = get_args_parser().parse_intermixed_args(cli.check_arguments(arguments))
     overrides = first_values(options.overrides) if options.multirun else list(options.overrides)
     if options.config_dir:
         overrides.append(f"hydra.searchpath=[file://{folder / options.config_dir}]")

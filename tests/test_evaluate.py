@@ -10,6 +10,7 @@ import pytest
 import support
 from adaptax.data.chat import Example, encode_chat
 from adaptax.data.pipeline import BatchSource, Dataset
+from adaptax.data.store import Examples
 from adaptax.data.tokenizer import END_OF_TURN, Tokenizer
 from adaptax.evaluate import build_answer, evaluate_loss
 from adaptax.generate import build_decode, greedy
@@ -44,7 +45,7 @@ def test_exact_match_counts_the_rows_that_greedy_decoding_gets_right(tokenizer: 
     for row in wrong:
         row.tokens[-3] = 700
     assert len({tuple(answer) for answer in answers}) == 3
-    score = build_answer(program, base, Dataset([*right, *wrong[:2]]), 5, batch_size=4, length=96)({})
+    score = build_answer(program, base, Dataset(Examples.of([*right, *wrong[:2]])), 5, batch_size=4)({})
     assert score is not None
     assert (score.exact_match, score.num_rows) == (0.6, 5)
     assert score.given[:3] == score.expected[:3] == answers
@@ -56,7 +57,7 @@ def test_a_missing_end_is_not_an_exact_match(tokenizer: Tokenizer) -> None:
     base = support.load(Path(support.find_source_of_tiny()), ARCH, mesh)
     program = support.make_program(ARCH, None, mesh)
     row = chat(tokenizer, "Lock the garage door.", "Okay, I will")  # right so far, but the base goes on
-    score = build_answer(program, base, Dataset([row]), 1, batch_size=1, length=64)({})
+    score = build_answer(program, base, Dataset(Examples.of([row])), 1, batch_size=1)({})
     assert score is not None
     assert score.exact_match == 0
     assert len(score.given[0]) > len(score.expected[0])
@@ -72,7 +73,7 @@ def test_the_loss_is_the_same_however_rows_are_batched_and_none_without_rows(tok
         evaluate_loss(
             step,
             base,
-            BatchSource(Dataset(rows), num_micro=1, batch_size=size, length=48, shuffle=False, seed=0),
+            BatchSource(Dataset(Examples.of(rows)), num_micro=1, batch_size=size, buckets=np.array([24, 48])),
             mesh,
             {},
         )
@@ -84,6 +85,6 @@ def test_the_loss_is_the_same_however_rows_are_batched_and_none_without_rows(tok
 
 def test_no_rows_asked_for_or_held_out_give_no_score(tokenizer: Tokenizer) -> None:
     program = support.make_program(ARCH, None, support.make_mesh())
-    data = Dataset([chat(tokenizer, "a", "b")])
-    assert build_answer(program, {}, data, 0, 1, 64)({}) is None
-    assert build_answer(program, {}, Dataset(), 5, 1, 64)({}) is None
+    data = Dataset(Examples.of([chat(tokenizer, "a", "b")]))
+    assert build_answer(program, {}, data, 0, 1)({}) is None
+    assert build_answer(program, {}, Dataset(), 5, 1)({}) is None

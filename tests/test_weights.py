@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import support
 from adaptax.config import UserError
 from adaptax.models import find_architecture, find_source
-from adaptax.weights import fetch_files
+from adaptax.models.hub import fetch_files
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -27,12 +27,21 @@ def list_table(header: Iterable[str], rows: Iterable[Iterable[str]], widths: str
     return "\n".join(lines)
 
 
+def read_choice(path: Path) -> dict[str, Any]:
+    """The values of a file, with those of the files that its own defaults list names underneath."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    below: dict[str, Any] = {}
+    for name in values.pop("defaults", []):
+        below |= read_choice(path.with_name(f"{name}.yaml")) if name != "_self_" else {}
+    return below | values
+
+
 def read_defaults(group: str) -> tuple[str, dict[str, Any]]:
     """(the default choice of a group, choice -> its values), with what ``conf/config.yaml`` itself says underneath."""
     main = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
     chosen = next(entry[group] for entry in main["defaults"] if isinstance(entry, Mapping) and group in entry)
     files = sorted((CONF / group).glob("*.yaml"))
-    return chosen, {f.stem: main.get(group, {}) | yaml.safe_load(f.read_text(encoding="utf-8")) for f in files}
+    return chosen, {file.stem: main.get(group, {}) | read_choice(file) for file in files}
 
 
 def describe_default(key: str, chosen: str, choices: Mapping[str, Mapping[str, Any]]) -> str:

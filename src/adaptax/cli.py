@@ -6,13 +6,16 @@ The only module that knows Hydra and OmegaConf. jax is imported after the config
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,8 +35,10 @@ from adaptax.config import Config, UserError, build, check_divisible, key_paths,
 from adaptax.models import find_architecture, find_family, match_modules
 
 log = logging.getLogger(__name__)
+COMMANDS = ("train", "preview")
 GROUPS = ("model", "data", "optimizer", "schedule", "training", "checkpoint", "logging", "experiment")
 _SECRET = re.compile(r"\bhf_\w{16,}|(?i:(?:^|[._])(?:\w+_)?(?:token|secret|password|api_?key)=)")
+_MAPPED = re.compile(r"data\.(columns|filter)(\.|=|$)")  # the names in it are the user's own
 
 
 def find_conf() -> str:
@@ -56,14 +61,14 @@ def teach_hydra() -> None:
 
 
 def main() -> None:
-    """Trains. Exit code 0 when all went well, 1 after an error, 2 after a misuse, 130 after Ctrl-C."""
-    if sys.argv[1:2] == ["train"]:
-        del sys.argv[1]
+    """Trains, or previews. Exit code 0 when all went well, 1 after an error, 2 after a misuse, 130 after Ctrl-C."""
+    command = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in COMMANDS else "train"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, and become one line below
     teach_hydra()
     try:
-        sys.argv[1:] = _check_arguments(sys.argv[1:])
-        hydra.main(version_base="1.3", config_path=find_conf(), config_name="config")(_train)()
+        job = _preview_job() if command == "preview" else _train
+        sys.argv[1:] = check_arguments(sys.argv[1:])
+        hydra.main(version_base="1.3", config_path=find_conf(), config_name="config")(job)()
     except UserError as error:
         _fail(str(error))
     except yaml.YAMLError as error:
@@ -72,9 +77,11 @@ def main() -> None:
         _fail(_missing_choice(error))
     except OverrideParseException as error:
         key = error.override.partition("=")[0]
+        if "=" not in error.override:
+            _fail(f"{error.override} is no key=value; a command ({' or '.join(COMMANDS)}) goes first")
         _fail(f"{error.override}: Hydra cannot read this value; quote it twice: '{key}=\"...\"'")
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if any(frame.f_code is _train.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+        if any(frame.f_code is job.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise  # the run's own fault: the traceback is wanted
         _fail(_one_line(error))
     except KeyboardInterrupt:
@@ -85,8 +92,7 @@ def main() -> None:
 def _train(cfg: DictConfig) -> float:
     """One job: the configuration as dataclasses, checked without jax, then the run."""
     try:
-        config = build(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
-        check_model(config)
+        config = read_config(cfg)
         directory = Path(HydraConfig.get().runtime.output_dir)
         if (directory / "metrics.jsonl").exists():  # before anything of it is overwritten
             raise UserError(f"{directory} holds an earlier run; choose another hydra.run.dir")
@@ -116,6 +122,48 @@ def _train(cfg: DictConfig) -> float:
     raise UserError(message)
 
 
+def _preview_job() -> Callable[[DictConfig], None]:
+    """What ``adaptax preview`` does with the configuration; takes its own options from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="adaptax preview",
+        usage="adaptax preview [--rows N] [--html FILE] [key=value ...]",
+        description="Shows what a run with the same keys would train on: no weights are read, nothing is trained.",
+        epilog="Keys are those of a run: adaptax --help",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rows", default="3", help="sequences to show (default 3)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as a page that opens in a browser")
+    command = shlex.join(["adaptax", "preview", *sys.argv[1:]])
+    options, rest = parser.parse_known_args(sys.argv[1:])
+    if {"-m", "--multirun"} & set(rest):
+        raise UserError("adaptax preview looks at one configuration: leave --multirun out")
+    # No folder and no log file of a run.
+    sys.argv[1:] = [*rest, "hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=console"]
+
+    def job(cfg: DictConfig) -> None:
+        from adaptax import preview
+
+
+        try:
+            preview.preview(read_config(cfg), preview.check_samples(options.rows), options.html, command)
+        except UserError as error:
+            _fail(str(error))
+
+    return job
+
+
+def read_config(cfg: DictConfig) -> Config:
+    """The configuration as dataclasses, checked as far as that goes without jax.
+
+    Raises:
+      UserError: naming what is wrong in it.
+    """
+    config = build(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+    check_model(config)
+    check_data(config)
+    return config
+
+
 def check_model(config: Config) -> None:
     """Everything about the model that can be found wrong before jax is imported and weights are fetched."""
     family, arch = find_family(config.model.model_family), find_architecture(config.model)
@@ -123,7 +171,14 @@ def check_model(config: Config) -> None:
     check_divisible(family.checkpoint.axis_sizes(arch), config.model.mesh_shape)
 
 
-def _check_arguments(arguments: list[str]) -> list[str]:
+def check_data(config: Config) -> None:
+    """Everything about the data that can be found wrong before a row is read."""
+    from adaptax.data import catalog  # brings numpy and sentencepiece, which --help does without
+
+    catalog.check_sources(config)
+
+
+def check_arguments(arguments: list[str]) -> list[str]:
     """The arguments with the overrides in one piece, as Hydra wants them: a flag may stand between them.
 
     Refuses unknown keys (Hydra would take them after a ``+``), secrets, and what would unpickle a file.
@@ -138,11 +193,14 @@ def _check_arguments(arguments: list[str]) -> list[str]:
     known = key_paths()
     for override in OverridesParser.create().parse_overrides(flags.overrides):
         key = override.key_or_group
+        if _MAPPED.match(key):
+            continue
         if key.partition(".")[0].partition("/")[0] != "hydra" and key not in GROUPS and key not in known:
             raise UserError(unknown_key(key, [*known, "experiment"]))
         if key in GROUPS and not override.is_delete() and isinstance(override.value(), (int, float, type(None))):
             raise UserError(f"{key}={override.get_value_string()}: it must name a file of conf/{key}")
-    return [*flags.overrides, *(a for a in arguments if a not in flags.overrides)]
+    others = [a for a in arguments if a not in flags.overrides]
+    return [*(f"++{a.lstrip('+')}" if _MAPPED.match(a.lstrip("+")) else a for a in flags.overrides), *others]
 
 
 def _missing_choice(error: MissingConfigException) -> str:

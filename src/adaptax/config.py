@@ -65,14 +65,46 @@ class ModelConfig:
 class DataConfig:
     """What is trained on (``conf/data``)."""
 
-    train: Any = knob("Training rows: a JSONL or Parquet file, or a list of them.")
+    train: Any = knob(
+        "Training rows: a file (JSONL, JSON, CSV, Parquet, Arrow), a folder, a glob, "
+        "``hub:ORG/NAME[/CONFIG][@SPLIT]``, or a list of these."
+    )
     eval: Any = knob("Held-out rows, like ``train``; null holds out ``eval_fraction`` of the training rows.")
     eval_fraction: float = knob("Share of training rows held out when ``eval`` is null.", minimum=0, maximum=0.9)
-    format: str = knob(
-        "Row format; ``auto`` finds it by the columns.", choices=("auto", "messages", "prompt_completion", "text")
+    mixture: Any = knob(
+        "In place of ``train``: a list of ``{path, weight}``, each also with ``format``, ``columns``, ``filter`` or "
+        "``max_rows`` of its own. Weights are shares of an epoch's rows."
     )
-    max_length: int = knob("Longest sequence in tokens; longer rows are cut and counted.", minimum=8)
-    shuffle: bool = knob("Reshuffle the rows in every epoch.")
+    format: str = knob("Row format, a key of ``adaptax.data.formats.FORMATS``; ``auto`` finds it by the columns.")
+    columns: Any = knob("Names of the format's columns where they differ: ``{prompt: question, completion: answer}``.")
+    filter: Any = knob(
+        'Rows to take, by column: a value, a list of values, ``">= 0.5"`` (``> < <= != ==``), ``"~regex"`` or '
+        '``"!~regex"``; all must hold.'
+    )
+    max_rows: Optional[int] = knob("At most so many rows of each training source, from its start.", minimum=1)
+    on_bad_row: str = knob(
+        "A row that cannot be used: ``error`` stops, ``skip`` counts it and lists the first ten.",
+        choices=("error", "skip"),
+    )
+    supervise: str = knob(
+        "What is trained of a conversation: every ``assistant`` turn, the ``last_assistant`` turn, or ``all`` of it.",
+        choices=("assistant", "last_assistant", "all"),
+    )
+    allow_special_tokens: bool = knob("Special tokens spelled out in the rows become the tokens, not plain text.")
+    min_length: int = knob("Rows of fewer tokens are left out, and counted.", minimum=1)
+    max_length: int = knob("Longest sequence in tokens.", minimum=8)
+    overlong: str = knob(
+        "Rows over ``max_length``: ``truncate`` cuts the end off, ``split`` makes several sequences, ``drop`` leaves "
+        "them out. All are counted.",
+        choices=("truncate", "split", "drop"),
+    )
+    packing: bool = knob("Fill sequences of ``max_length`` tokens with several rows, which do not see each other.")
+    length_buckets: int = knob("Without packing: how many sequence lengths are compiled.", minimum=1, maximum=16)
+    shuffle: bool = knob("A new order, and new company in packed sequences, in every epoch.")
+    streaming: bool = knob("Read, encode and pack on the fly, for what does not fit the disk; needs ``num_batches``.")
+    cache: bool = knob("Keep the tokens of each file on disk; without it they are made anew, in memory.")
+    cache_dir: Optional[str] = knob("Where tokens are kept; null: ``adaptax/tokens`` in the user's cache folder.")
+    cache_gib: float = knob("The cache is kept under this size: tokens unused for longest go first.", above=0)
     prefetch_batches: int = knob("Batches prepared ahead of the step.", minimum=1)
 
 
@@ -165,7 +197,7 @@ def build(values: Mapping[str, Any]) -> Config:
         problems += _check_regex(config.model.lora_module_path)
     if config.model and isinstance(name := config.model.tokenizer, str) and not locate(name).is_file():
         problems.append(f"model.tokenizer={name}: no such file")
-    problems += _check_paths(config.data) if config.data else []
+    problems += _check_data(config.data) if config.data else []
     if problems:
         raise UserError("; ".join(problems))
     return config
@@ -302,15 +334,16 @@ def locate(name: str) -> Path:
     return Path(__file__).parent / "assets" / name[len("embedded:") :] if is_embedded else Path(name).expanduser()
 
 
-def _check_paths(data: DataConfig) -> list[str]:
+def _check_data(data: DataConfig) -> list[str]:
     problems = []
     for key in ("train", "eval"):
         value = getattr(data, key)
         is_list = isinstance(value, list) and value and all(isinstance(p, str) for p in value)
         if not (value is None or isinstance(value, str) or is_list):
             problems.append(f"data.{key} must be a file or a list of files, not {value!r}")
-            continue
-        problems += [f"data.{key}={name}: no such file" for name in paths_of(value) if not locate(name).is_file()]
-    if data.train is None:
+    if data.train is None and data.mixture is None:
         problems.append("data.train is not set: data.train=chats.jsonl, or +experiment=quickstart for a first try")
+    limits = data.min_length, data.max_length
+    if all(isinstance(limit, int) for limit in limits) and limits[0] > limits[1]:
+        problems.append(f"data.min_length={data.min_length} is more than data.max_length={data.max_length}")
     return problems

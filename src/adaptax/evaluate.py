@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,12 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adaptax.data.chat import Example
+from adaptax.data.packing import choose_buckets
 from adaptax.data.pipeline import BatchSource, Dataset
+from adaptax.data.store import Examples
 from adaptax.data.tokenizer import END_OF_TURN
 from adaptax.generate import answer_span, build_decode, greedy
 from adaptax.lora import Arrays, merge_model
 from adaptax.loss import chunk_size
-from adaptax.mesh import shard_batch
+from adaptax.mesh import batch_part, shard_batch
 from adaptax.step import HEAD, Batch, Program
 
 EvalStep = Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array]]
@@ -45,7 +48,7 @@ class Answers:
 
 
 def build_answer(
-    program: Program, base: Arrays, data: Dataset, num_rows: int, batch_size: int, length: int
+    program: Program, base: Arrays, data: Dataset, num_rows: int, batch_size: int
 ) -> Callable[[Arrays], Answers | None]:
     """A function from adapters to the score of the first ``num_rows`` held-out rows; None where there are none.
 
@@ -55,19 +58,15 @@ def build_answer(
     likely one behind those before it. So one pass over the expected answers scores them all, and only the few that are
     shown are generated; these may be a fourth longer than the expected ones.
     """
-    answered = [(row, answer_span(row)) for row in data.examples]
-    whole = [(row, span) for row, span in answered if span[0] > 1 and row.tokens[span[1] - 1] == END_OF_TURN][:num_rows]
+    answered = ((row, answer_span(row)) for row in data.examples)
+    has_answer = ((row, span) for row, span in answered if span[0] > 1 and row.tokens[span[1] - 1] == END_OF_TURN)
+    whole = list(itertools.islice(has_answer, num_rows))
     if not whole:
         return lambda adapters: None
     rows, spans = zip(*whole, strict=True)
-    batches = BatchSource(
-        Dataset([_only_answer(row, *span) for row, span in zip(rows, spans, strict=True)]),
-        num_micro=1,
-        batch_size=batch_size,
-        length=length,
-        shuffle=False,
-        seed=0,
-    )
+    answers = Dataset(Examples.of([_only_answer(row, *span) for row, span in zip(rows, spans, strict=True)]))
+    longest = choose_buckets(answers.examples.lengths, 1)
+    batches = BatchSource(answers, num_micro=1, batch_size=batch_size, buckets=longest, part=batch_part(program.mesh))
     match, decode = build_match(program), build_decode(program)
     prompts = [row.tokens[:start].tolist() for row, (start, _) in zip(rows, spans, strict=True)][:NUM_SHOWN]
     expected = [row.tokens[start : stop - 1].tolist() for row, (start, stop) in zip(rows, spans, strict=True)]

@@ -65,7 +65,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): the devices of this process hold the i-th of n equal parts of a batch's rows."""
+    mine = [i for i, row in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in row)]
+    n, rest = divmod(mesh.shape["fsdp"], len(mine))
+    if rest or mine[0] % len(mine) or mine != list(range(mine[0], mine[0] + len(mine))):
+        return 0, 1
+    return mine[0] // len(mine), n
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Lays a global batch [A, B, T] on the mesh, B over fsdp. Every process passes the same whole batch."""
+    """Lays a global batch [A, B, T] on the mesh, B over fsdp. Each process passes its :func:`batch_part` of B."""
     sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
-    return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}
+    if jax.process_count() == 1:
+        return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}
+    _, n = batch_part(mesh)
+    shapes = {k: (v.shape[0], v.shape[1] * n, *v.shape[2:]) for k, v in batch.items()}
+    return {k: jax.make_array_from_process_local_data(sharding, v, shapes[k]) for k, v in batch.items()}

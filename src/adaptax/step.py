@@ -109,6 +109,24 @@ def build_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
+class StepPerLength:
+    """A jitted train step, compiled once for every length of sequences that it meets."""
+
+    def __init__(self, step: Any):
+        self._step = step
+        self._compiled: dict[int, jax.stages.Compiled] = {}
+
+    def compile(self, state: Any, base: Any, batch: Batch) -> jax.stages.Compiled:
+        """The program for batches like this one; the base may be shapes alone."""
+        length = batch["tokens"].shape[-1]
+        if length not in self._compiled:
+            self._compiled[length] = self._step.lower(state, base, batch).compile()
+        return self._compiled[length]
+
+    def __call__(self, state: TrainState, base: Arrays, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self.compile(state, base, batch)(state, base, batch)
+
+
 def build_eval_step(program: Program) -> Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array]]:
     """``(adapters, base, batch) -> (summed loss, supervised tokens)``, jitted, without dropout."""
 

@@ -17,20 +17,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from adaptax.config import Config, UserError, locate
+from adaptax.config import Config, UserError
 from adaptax.data.chat import last_request
-from adaptax.data.pipeline import BatchSource, Dataset, iterate, load_data, padded_length
-from adaptax.data.tokenizer import Tokenizer
+from adaptax.data.feed import Feed, describe_feed, open_feed
+from adaptax.data.tokenizer import Tokenizer, open_tokenizer
 from adaptax.evaluate import Answers, build_answer, evaluate_loss
 from adaptax.export import save_peft_adapter
 from adaptax.lora import Arrays, LoraSpec, build_model, init_adapters
-from adaptax.mesh import shard_batch
+from adaptax.mesh import batch_part, shard_batch
 from adaptax.metrics import MetricsLog, ProgressDisplay
 from adaptax.models import Architecture, Family, find_architecture, find_family, find_source, match_modules
+from adaptax.models.hub import SMALL_FILES, fetch_files
 from adaptax.optim import build_optimizer
 from adaptax.report import describe_adapters, describe_memory, show_answers
-from adaptax.step import Program, TrainState, build_eval_step, build_train_step, init_state
-from adaptax.weights import SMALL_FILES, describe_weights, fetch_files, load_weights
+from adaptax.step import Program, StepPerLength, TrainState, build_eval_step, build_train_step, init_state
+from adaptax.weights import describe_weights, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -70,39 +71,36 @@ def run(config: Config, mesh: Mesh, directory: Path) -> float:
     spec = build_spec(config, arch)
     describe_adapters(config.model, family, arch, spec)
 
-    tokenizer = Tokenizer(find_tokenizer(config, weights_directory))
-    if tokenizer.vocab_size > arch.vocab_size:
-        raise UserError(f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model only {arch.vocab_size} rows")
-    data, held_out = load_data(config.data, tokenizer)
-    batches, eval_batches = build_batches(config, mesh, data, held_out)
-    num_steps = config.training.num_epochs * (config.training.num_batches or batches.steps_per_epoch)
-    job = Job(config, directory, mesh, family, arch, spec, source, num_steps)
+    tokenizer = open_tokenizer(config, weights_directory, arch.vocab_size)
+    feed = open_feed(config, tokenizer, batch_part(mesh))
+    describe_feed(feed, config)
+    job = Job(config, directory, mesh, family, arch, spec, source, feed.num_steps)
 
     dtype = find_dtype(config.model.dtype, mesh)
     program = Program(build_model(family, arch, spec, mesh, train=True), spec, dtype, mesh)
     eval_program = replace(program, graphdef=build_model(family, arch, spec, mesh, train=False))
-    optimizer, schedule = build_optimizer(config.optimizer, config.schedule, num_steps)
+    optimizer, schedule = build_optimizer(config.optimizer, config.schedule, job.num_steps)
     state = init_state(init_adapters(family, arch, spec, mesh, seed), optimizer, mesh, seed)
 
     jax.config.update("jax_default_matmul_precision", "highest" if dtype == jnp.float32 else None)
     weights_directory = fetch_files(source)
     base_shapes = describe_weights(weights_directory, arch, family.checkpoint, mesh, dtype)
     compiling = time.monotonic()
-    lowered = build_train_step(program, optimizer, schedule).lower(state, base_shapes, shard_batch(batches[0], mesh))
-    train_step = lowered.compile()
-    describe_memory(train_step, base_shapes, state, time.monotonic() - compiling)
+    train_step = StepPerLength(build_train_step(program, optimizer, schedule))
+    compiled = train_step.compile(state, base_shapes, shard_batch(feed.batches.blank(), mesh))
+    describe_memory(compiled, base_shapes, state, time.monotonic() - compiling)
     base = load_weights(weights_directory, arch, family.checkpoint, base_shapes, seed)
     log.info("base weights from %s; start-up took %.1f s", source, time.monotonic() - started)
 
-    evaluate = functools.partial(evaluate_loss, build_eval_step(eval_program), base, eval_batches, mesh)
-    _, rows, length = batches.shape
-    answer = build_answer(eval_program, base, held_out, config.training.exact_match_rows, rows, length)
+    evaluate = functools.partial(evaluate_loss, build_eval_step(eval_program), base, feed.eval_batches, mesh)
+    num_rows, batch_size = config.training.exact_match_rows, config.training.micro_batch_size * mesh.shape["fsdp"]
+    answer = build_answer(eval_program, base, feed.held_out, num_rows, batch_size)
     metrics = MetricsLog(directory if is_main() else None, config.logging)
     try:
         before = answer(state.adapters)
-        state, final_loss = train_loop(job, train_step, evaluate, state, base, batches, metrics)
+        state, final_loss = train_loop(job, train_step, evaluate, state, base, feed, metrics)
         save_adapter(job, state.adapters, directory / "adapter")
-        compare_answers(tokenizer, before, answer(state.adapters), num_steps, metrics)
+        compare_answers(tokenizer, before, answer(state.adapters), job.num_steps, metrics)
     finally:
         metrics.close()
     log.info(
@@ -117,7 +115,7 @@ def train_loop(
     evaluate: Callable[[Arrays], float | None],
     state: TrainState,
     base: Arrays,
-    batches: BatchSource,
+    feed: Feed,
     metrics: MetricsLog,
 ) -> tuple[TrainState, float]:
     """Every step; a step's metrics are read while the next one runs. Returns the state and the final loss."""
@@ -125,13 +123,14 @@ def train_loop(
     record_evaluation(0, evaluate(state.adapters), metrics)
     losses: dict[str, float | None] = {}
     unread: tuple[int, dict[str, jax.Array]] | None = None
+    sizes: dict[int, int] = {}  # places of a step's batch, padding included
     clock = time.monotonic()
 
     def read(step: int, values: dict[str, jax.Array]) -> None:
         nonlocal clock
         host = {name: float(value) for name, value in jax.device_get(values).items()}
         seconds, clock = time.monotonic() - clock, time.monotonic()
-        row = step_row(host, seconds, batches.tokens_per_batch)
+        row = step_row(host, seconds, sizes.pop(step))
         metrics.write(step, row)
         display.update(step, row)
         losses["train"] = host["loss"]
@@ -139,9 +138,11 @@ def train_loop(
             raise UserError(nonfinite_report(step, host))
 
     with ProgressDisplay(job.config.logging, job.num_steps, is_main()) as display:
-        stream = iterate(batches, 0, job.num_steps, job.config.data.prefetch_batches)
+        place = functools.partial(shard_batch, mesh=job.mesh)
+        stream = feed.batches.iterate(0, job.num_steps, job.config.data.prefetch_batches, place)
         for step, batch in enumerate(stream, start=1):
-            state, values = train_step(state, base, shard_batch(batch, job.mesh))
+            sizes[step] = batch["tokens"].size
+            state, values = train_step(state, base, batch)
             if unread:
                 read(*unread)
             unread = step, values
@@ -164,44 +165,11 @@ def build_spec(config: Config, arch: Architecture) -> LoraSpec:
     return LoraSpec(match_modules(model, arch), model.lora_rank, alpha, model.lora_dropout)
 
 
-def find_tokenizer(config: Config, weights_directory: Path | None) -> Path:
-    """``model.tokenizer``, or the one beside the weights."""
-    if config.model.tokenizer:
-        return locate(config.model.tokenizer)
-    if weights_directory is None:
-        raise UserError("model.weights=random has no tokenizer beside it: set model.tokenizer=FILE")
-    return weights_directory / "tokenizer.model"
-
-
 def find_dtype(name: str, mesh: Mesh) -> Any:
     """The compute type; ``auto`` is float32 on CPU, where bfloat16 is no faster, and bfloat16 elsewhere."""
     if name == "auto":
         name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def build_batches(
-    config: Config, mesh: Mesh, data: Dataset, held_out: Dataset
-) -> tuple[BatchSource, BatchSource | None]:
-    """Training and evaluation batches of one padded length; says how large a global batch is."""
-    training = config.training
-    batch_size, length = training.micro_batch_size * mesh.shape["fsdp"], padded_length(data, held_out)
-    make = functools.partial(BatchSource, batch_size=batch_size, length=length, seed=training.seed)
-    batches = make(data, num_micro=training.gradient_accumulation_steps, shuffle=config.data.shuffle)
-    log.info(
-        "%d rows to train, %d held out, %d supervised tokens; sequences of %d tokens; "
-        "global batch %d = micro_batch_size %d x fsdp %d x accumulation %d; %d steps per pass over the data",
-        len(data.examples),
-        len(held_out.examples),
-        data.num_supervised,
-        length,
-        batch_size * training.gradient_accumulation_steps,
-        training.micro_batch_size,
-        mesh.shape["fsdp"],
-        training.gradient_accumulation_steps,
-        batches.steps_per_epoch,
-    )
-    return batches, make(held_out, num_micro=1, shuffle=False) if held_out.examples else None
 
 
 def step_row(values: dict[str, float], seconds: float, tokens_per_batch: int) -> dict[str, float]:

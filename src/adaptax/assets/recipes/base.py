@@ -21,7 +21,8 @@ import optax
 from safetensors.numpy import save as to_bytes
 
 from adaptax.assets.recipes import corpus
-from adaptax.data.formats import FORMATS, find_format
+from adaptax.data.chat import Example, encode_rows
+from adaptax.data.formats import FORMATS, Fields, find_format
 from adaptax.data.tokenizer import Tokenizer
 from adaptax.lora import Arrays, build_model, merge_model
 from adaptax.mesh import build_mesh
@@ -44,7 +45,9 @@ def packed_batches(tokenizer: Tokenizer, seed: int) -> Iterator[dict[str, np.nda
             while True:
                 row = next(rows)
                 form = find_format(list(row), "auto", "corpus")
-                tokens = FORMATS[form].encode(row, tokenizer).tokens
+                example = encode_rows([FORMATS[form].render(Fields(row), "assistant")], tokenizer)[0]
+                assert isinstance(example, Example)
+                tokens = example.tokens
                 n = len(tokens)
                 if used + n > LENGTH:  # this document is left out, and the rest of the line stays padding
                     break

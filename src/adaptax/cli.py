@@ -143,7 +143,6 @@ def _preview_job() -> Callable[[DictConfig], None]:
     def job(cfg: DictConfig) -> None:
         from adaptax import preview
 
-
         try:
             preview.preview(read_config(cfg), preview.check_samples(options.rows), options.html, command)
         except UserError as error:

@@ -165,3 +165,23 @@ def test_what_is_said(path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptur
     assert told_of(config, tokenizer, caplog) == [
         "rows as they come, 0 held out; global batch 4 = micro_batch_size 2 x fsdp 1 x accumulation 2; 7 steps"
     ]
+
+
+def test_packing_that_leaves_few_steps_is_told(
+    path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the configuration does not say how many there are."""
+
+    def warnings_of(training: dict[str, Any], **changes: Any) -> list[str]:
+        told_of(config_of(path, training, **changes), tokenizer, caplog)
+        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    (told,) = warnings_of({}, packing=True)
+    assert told.endswith(
+        "steps are few: data.packing=false, a smaller data.max_length or more training.num_epochs make more"
+    )
+    assert told.startswith(f"{open_feed(config_of(path, packing=True), tokenizer).num_steps} steps")
+    assert warnings_of({"num_epochs": 10}, packing=True) == []
+    assert warnings_of({"num_batches": 5}, packing=True) == []
+    assert warnings_of({}, packing=False) == []
+    assert warnings_of({"num_batches": 5}, packing=True, streaming=True) == []

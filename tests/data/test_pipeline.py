@@ -151,6 +151,19 @@ def test_counts_of_the_cut_stay_with_the_training_rows(write_jsonl: Write, token
     assert (len(train.examples), len(held_out.examples)) == (3, 2)
 
 
+def test_sequences_that_a_row_was_split_into_stay_together(write_jsonl: Write, tokenizer: Tokenizer) -> None:
+    """Held out is a whole row of a file: the half of it that is trained would tell of the other."""
+    files = [
+        write_jsonl([{"text": f"{name} {i} " + "lamp " * (90 if i % 2 else 5)} for i in range(12)], f"{name}.jsonl")
+        for name in "ab"
+    ]
+    config = data_config([str(path) for path in files], eval_fraction=0.25, overlong="split", max_length=32)
+    places = [[data.examples.place(i) for i in range(len(data.examples))] for data in load_data(config, tokenizer)]
+    assert not set(places[0]) & set(places[1])
+    assert (len(set(places[0])), len(set(places[1]))) == (18, 6)
+    assert len(places[1]) > 6  # some of them in several sequences
+
+
 @pytest.mark.parametrize(("num_rows", "fraction"), [(1, 0.05), (2, 0.9)])
 def test_too_few_rows_to_hold_any_out(write_jsonl: Write, tokenizer: Tokenizer, num_rows: int, fraction: float) -> None:
     path = write_jsonl([chat("Hi", "Hello")] * num_rows)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adaptax.data.streaming import StreamSource
 
 log = logging.getLogger(__name__)
+FEW_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,8 @@ def describe_feed(feed: Feed, config: Config) -> None:
         training.gradient_accumulation_steps,
         feed.num_steps,
     )
+    if config.data.packing and training.num_batches is None and feed.num_steps < FEW_STEPS:
+        log.warning(
+            "%d steps are few: data.packing=false, a smaller data.max_length or more training.num_epochs make more",
+            feed.num_steps,
+        )

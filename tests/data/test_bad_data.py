@@ -127,7 +127,7 @@ def test_a_bad_row_is_skipped_where_that_is_asked_for(
     assert feed.train is not None
     assert (len(feed.train.examples), feed.train.counts.bad) == (3, 1)
     told = " ".join(record.getMessage() for record in caplog.records)
-    assert "1 rows cannot be used and were skipped" in told
+    assert "1 row skipped, as they cannot be used" in told
     assert "rows.jsonl row 3: " in told
     assert all(word in told for word in words)
 
@@ -269,7 +269,7 @@ BAD_FILES: dict[str, tuple[Make, str, dict[str, Any], str, list[str]]] = {
         "rows.jsonl",
         {"filter": {"prompt": "z"}},
         "data.train",
-        ["rows.jsonl", "3 rows were left out by data.filter"],
+        ["rows.jsonl", "3 rows left out by data.filter"],
     ),
     "every row masked": (
         write("rows.jsonl", messages(USER, ANSWER | {"train": False}) + "\n"),
@@ -297,14 +297,14 @@ BAD_FILES: dict[str, tuple[Make, str, dict[str, Any], str, list[str]]] = {
         "rows.jsonl",
         {"max_length": 32, "overlong": "drop"},
         "data.train",
-        ["1 rows of more than data.max_length=32"],
+        ["1 row of more than data.max_length=32"],
     ),
     "every row too short": (
         write("rows.jsonl", GOOD),
         "rows.jsonl",
         {"min_length": 60},
         "data.train",
-        ["1 rows of fewer than data.min_length=60"],
+        ["1 row of fewer than data.min_length=60"],
     ),
     "BOS doubled": (
         write("rows.jsonl", '{"text": "<bos>Hello"}'),

@@ -516,7 +516,7 @@ def test_what_was_said_of_the_rows_is_said_again(
         load_data(config, tokenizer)
         told.append(warnings_of(caplog))
     assert told[0] == told[1]
-    assert len(told[0]) == 2
+    assert len(told[0]) == 3
 
 
 def test_no_cache_writes_nothing(write_jsonl: Write, tmp_path: Path, tokenizer: Tokenizer) -> None:

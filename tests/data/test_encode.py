@@ -231,11 +231,12 @@ def test_skipped_rows_are_told_with_their_files(
 ) -> None:
     names = [str(write_jsonl([{"text": "a"}, {"text": ""}], f"{name}.jsonl")) for name in "ab"]
     load_data(data_config(names, on_bad_row="skip"), tokenizer)
-    (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert told == (
-        "data.train: 2 rows cannot be used and were skipped: "
-        f"{names[0]} row 2: text is empty; {names[1]} row 2: text is empty"
-    )
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert told == [
+        "data.train: 2 rows skipped, as they cannot be used, among them",
+        f"data.train: {names[0]} row 2: text is empty",
+        f"data.train: {names[1]} row 2: text is empty",
+    ]
 
 
 def test_rows_of_a_file_without_a_good_one(write_jsonl: Write, tokenizer: Tokenizer) -> None:
@@ -243,7 +244,7 @@ def test_rows_of_a_file_without_a_good_one(write_jsonl: Write, tokenizer: Tokeni
     with pytest.raises(UserError) as caught:
         load_data(data_config(path, on_bad_row="skip"), tokenizer)
     assert str(caught.value) == (
-        f"data.train: no row of {path} is left to use: 2 rows cannot be used and were skipped: "
+        f"data.train: no row of {path} is left to use: 2 rows skipped, as they cannot be used, among them; "
         f"{path} row 1: text is empty; {path} row 2: text is empty"
     )
 
@@ -261,8 +262,8 @@ def test_long_rows_are_cut_and_counted(write_jsonl: Write, tokenizer: Tokenizer)
     np.testing.assert_array_equal(examples[1].tokens, whole.tokens[:32])
     np.testing.assert_array_equal(examples[1].is_trained, whole.is_trained[:32])
     assert describe_counts(counts, data_config(max_length=32)) == [
-        "3 rows were cut to data.max_length=32 tokens",
-        "1 rows have nothing to train and were left out",
+        "3 rows cut to data.max_length=32 tokens",
+        "1 row with nothing to train left out",
     ]
 
 
@@ -284,7 +285,7 @@ def test_long_rows_may_be_left_out(write_jsonl: Write, tokenizer: Tokenizer) -> 
     assert numbers_of(examples) == [1, 3]
     assert counts == Counts(rows=3, dropped=1, chats=2, terminators=2)
     assert describe_counts(counts, data_config(max_length=32)) == [
-        "1 rows of more than data.max_length=32 tokens were left out"
+        "1 row of more than data.max_length=32 tokens left out"
     ]
 
 
@@ -330,7 +331,7 @@ def test_short_rows_are_left_out_and_counted(write_jsonl: Write, tokenizer: Toke
         assert numbers_of(examples) == list(range(i + 1, 4))
         assert counts.short == i
     assert describe_counts(counts, data_config(min_length=9)) == [
-        "2 rows of fewer than data.min_length=9 tokens were left out"
+        "2 rows of fewer than data.min_length=9 tokens left out"
     ]
 
 
@@ -345,7 +346,7 @@ def test_rows_are_filtered_and_counted(write_jsonl: Write, tokenizer: Tokenizer,
     kept = [f"row {i}" for i in range(300, 600) if i % 2]
     assert [tokenizer.decode(e.tokens.tolist()) for e in examples] == kept
     assert counts == Counts(rows=600, filtered=600 - len(kept))
-    assert describe_counts(counts, data_config()) == ["450 rows were left out by data.filter"]
+    assert describe_counts(counts, data_config()) == ["450 rows left out by data.filter"]
 
 
 @pytest.mark.parametrize("read", [encode, stream])
@@ -365,7 +366,7 @@ def test_a_filter_that_cannot_compare_makes_a_bad_row(write_jsonl: Write, tokeni
 
 def test_no_row_passes_the_filter(write_jsonl: Write, tokenizer: Tokenizer) -> None:
     path = write_jsonl([{"text": "a", "lang": "en"}] * 3)
-    with pytest.raises(UserError, match=r"no row of .* is left to use: 3 rows were left out by data.filter"):
+    with pytest.raises(UserError, match=r"no row of .* is left to use: 3 rows left out by data.filter"):
         load_data(data_config(path, filter={"lang": "de"}), tokenizer)
 
 
@@ -386,9 +387,7 @@ def test_nothing_to_train_in_any_row_is_an_error(write_jsonl: Write, tokenizer: 
     path = write_jsonl([masked("a")] * 2)
     with pytest.raises(UserError) as caught:
         load_data(data_config(path, supervise=supervise), tokenizer)
-    assert str(caught.value) == (
-        f"data.train: no row of {path} is left to use: 2 rows have nothing to train and were left out"
-    )
+    assert str(caught.value) == (f"data.train: no row of {path} is left to use: 2 rows with nothing to train left out")
 
 
 def test_nothing_left_to_train_after_the_cut_is_an_error(write_jsonl: Write, tokenizer: Tokenizer) -> None:
@@ -396,8 +395,8 @@ def test_nothing_left_to_train_after_the_cut_is_an_error(write_jsonl: Write, tok
     with pytest.raises(UserError) as caught:
         load_data(data_config(path, max_length=32), tokenizer)
     assert str(caught.value) == (
-        f"data.train: no row of {path} is left to use: 2 rows were cut to data.max_length=32 tokens; "
-        "2 rows have nothing to train and were left out"
+        f"data.train: no row of {path} is left to use: 2 rows cut to data.max_length=32 tokens; "
+        "2 rows with nothing to train left out"
     )
 
 
@@ -436,13 +435,13 @@ def test_special_tokens_in_the_rows_are_counted(write_jsonl: Write, tokenizer: T
     assert counts.special == 2
     for token in (START_OF_TURN, END_OF_TURN):
         assert [int((e.tokens == token).sum()) for e in examples] == [2, 2, 2]
-    assert describe_counts(counts, data_config()) == ["2 rows spell special tokens out, which stay plain text"]
+    assert describe_counts(counts, data_config()) == ["2 rows with special tokens spelled out, which stay plain text"]
     rows[1:] = [chat("<eos> and <unused3>", "b"), chat("c", "<pad> d")]
     config = data_config(write_jsonl(rows), allow_special_tokens=True)
     data, _ = load_data(config, allowed)
     assert data.counts.special == 2
     assert [int((e.tokens < BOS).sum()) for e in data.examples] == [0, 1, 1]
-    assert describe_counts(data.counts, config) == ["2 rows spell special tokens out, which became these tokens"]
+    assert describe_counts(data.counts, config) == ["2 rows with special tokens spelled out, which became these tokens"]
 
 
 def test_nothing_is_said_of_rows_that_are_simply_taken(

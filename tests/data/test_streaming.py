@@ -233,8 +233,11 @@ def test_skipped_rows_are_told_once(write_jsonl: Write, tokenizer: Tokenizer, ca
     batches = take(make_source(tokenizer, path, on_bad_row="skip", shuffle=True), 3)
     assert len(set(keys_of(batches))) > 20
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(told) == 1
-    assert told[0].startswith(f"{path}: 2 rows cannot be used and were skipped: {path} row 101: messages[1].content is")
+    assert told[0] == f"{path}: 2 rows skipped, as they cannot be used, among them"
+    assert told[1:] == [
+        f"{path}: {path} row 101: messages[1].content is empty",
+        f"{path}: {path} row 102: messages must be a list of turns, not 3",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -243,9 +246,13 @@ def test_skipped_rows_are_told_once(write_jsonl: Write, tokenizer: Tokenizer, ca
         (
             [{"text": "a", "n": 1}],
             {"filter": {"n": 2}},
-            "no row of .* is left to use: 1 rows were left out by data.filter",
+            "no row of .* is left to use: 1 row left out by data.filter",
         ),
-        ([{"text": ""}, {"text": " "}], {"on_bad_row": "skip"}, "no row of .* is left to use: 2 rows cannot be used"),
+        (
+            [{"text": ""}, {"text": " "}],
+            {"on_bad_row": "skip"},
+            "no row of .* is left to use: 2 rows skipped, as they cannot be used",
+        ),
         ([chat("a", "lamp " * 200)], {}, "no <end_of_turn> of .* is trained: raise data.max_length"),
         ([], {}, "is empty"),
     ],

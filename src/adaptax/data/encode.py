@@ -27,6 +27,7 @@ from adaptax.data.tokenizer import BOS, END_OF_TURN, Tokenizer, is_special
 log = logging.getLogger(__name__)
 CHUNK_ROWS = 256
 SECONDS_BETWEEN_LINES = 10
+BAD_ROWS = "skipped, as they cannot be used, among them"
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ class Encoder:
             kept += [(number, part) for part in self._fit(example, counts)]
         counts.bad = len(bad)
         counts.listed = [f"row {number}: {message}" for number, message in sorted(bad)]
+        arrays = pack_examples([e for _, e in kept], [n for n, _ in kept], [digest_of(e.tokens) for _, e in kept])
         if FORMATS[self.format].is_chat:
             counts.chats = len(kept)
-            counts.terminators = sum(int((e.tokens[e.is_trained] == END_OF_TURN).sum()) for _, e in kept)
-        digests = [digest_of(e.tokens) for _, e in kept]
-        return pack_examples([e for _, e in kept], [n for n, _ in kept], digests), counts
+            counts.terminators = int(np.count_nonzero(arrays["trained"] & (arrays["tokens"] == END_OF_TURN)))
+        return arrays, counts
 
     def _fit(self, example: Example, counts: Counts) -> list[Example]:
         """The sequences of a row: none, itself, cut, or in several parts."""
@@ -243,15 +244,20 @@ def count_all(stores: Sequence[TokenStore]) -> Counts:
 
 def describe_counts(counts: Counts, config: DataConfig) -> Sequence[str]:
     """What became of the rows that were not simply taken, one line each."""
+    limit, shortest = f"data.max_length={config.max_length}", f"data.min_length={config.min_length}"
+    fate = "became these tokens" if config.allow_special_tokens else "stay plain text"
     lines = {
-        f"{counts.filtered} rows were left out by data.filter": counts.filtered,
-        f"{counts.bad} rows cannot be used and were skipped: {'; '.join(counts.listed)}": counts.bad,
-        f"{counts.short} rows of fewer than data.min_length={config.min_length} tokens were left out": counts.short,
-        f"{counts.truncated} rows were cut to data.max_length={config.max_length} tokens": counts.truncated,
-        f"{counts.split} rows were split into sequences of data.max_length={config.max_length} tokens": counts.split,
-        f"{counts.dropped} rows of more than data.max_length={config.max_length} tokens were left out": counts.dropped,
-        f"{counts.untrained} rows have nothing to train and were left out": counts.untrained,
-        f"{counts.special} rows spell special tokens out, which "
-        + ("became these tokens" if config.allow_special_tokens else "stay plain text"): counts.special,
+        "left out by data.filter": counts.filtered,
+        BAD_ROWS: counts.bad,
+        f"of fewer than {shortest} tokens left out": counts.short,
+        f"cut to {limit} tokens": counts.truncated,
+        f"split into sequences of {limit} tokens": counts.split,
+        f"of more than {limit} tokens left out": counts.dropped,
+        "with nothing to train left out": counts.untrained,
+        f"with special tokens spelled out, which {fate}": counts.special,
     }
-    return [line for line, count in lines.items() if count]
+    told: list[str] = []
+    for line, count in lines.items():
+        told += [f"{count:,} row{'s' * (count != 1)} {line}"] if count else []
+        told += counts.listed if line == BAD_ROWS else []
+    return told

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 from adaptax import config as cfg
+from adaptax.data.chat import Example, Piece, encode_rows, read_turns, render_chat, render_text
+from adaptax.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 Write = Callable[..., Path]  # of the fixture write_jsonl
@@ -107,3 +109,20 @@ def documents(batch: Batch) -> Iterable[tuple[np.ndarray, Batch]]:
         for segment in np.unique(segments[segments > 0]):
             here = segments == segment
             yield flat["tokens"][i, here], {name: array[i, here] for name, array in flat.items()}
+
+
+def encode_chat(messages: Any, tokenizer: Tokenizer, supervise: str = "assistant") -> Example:
+    """One conversation as tokens."""
+    return _encode(render_chat(read_turns(messages, "messages"), supervise), tokenizer)
+
+
+def encode_text(text: Any, tokenizer: Tokenizer) -> Example:
+    """One plain document as tokens."""
+    return _encode(render_text(text, "text"), tokenizer)
+
+
+def _encode(pieces: list[Piece], tokenizer: Tokenizer) -> Example:
+    example = encode_rows([pieces], tokenizer)[0]
+    if isinstance(example, cfg.UserError):
+        raise example
+    return example

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import support
-from adaptax.data.chat import Example, encode_chat
+from adaptax.data.chat import Example
 from adaptax.data.pipeline import BatchSource, Dataset
 from adaptax.data.store import Examples
 from adaptax.data.tokenizer import END_OF_TURN, Tokenizer
@@ -16,6 +16,7 @@ from adaptax.evaluate import build_answer, evaluate_loss
 from adaptax.generate import build_decode, greedy
 from adaptax.models.gemma3_weights import SIZES
 from adaptax.step import build_eval_step
+from rows import encode_chat
 
 ARCH = SIZES["tiny"]
 

@@ -9,9 +9,10 @@ import pytest
 
 import checkpoints
 import support
-from adaptax.data.chat import Example, encode_chat
+from adaptax.data.chat import Example
 from adaptax.data.tokenizer import END_OF_TURN, Tokenizer
 from adaptax.generate import answer_span, build_decode, greedy
+from rows import encode_chat
 
 
 def test_greedy_tokens_equal_those_of_transformers_for_prompts_of_different_lengths(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from adaptax.models import find_architecture, find_family, match_modules
 
 log = logging.getLogger(__name__)
 COMMANDS = ("train", "preview")
+NO_FOLDER = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=console"]  # no log file either
 GROUPS = ("model", "data", "optimizer", "schedule", "training", "checkpoint", "logging", "experiment")
 _SECRET = re.compile(r"\bhf_\w{16,}|(?i:(?:^|[._])(?:\w+_)?(?:token|secret|password|api_?key)=)")
 _MAPPED = re.compile(r"data\.(columns|filter)(\.|=|$)")  # the names in it are the user's own
@@ -67,7 +68,7 @@ def main() -> None:
     teach_hydra()
     try:
         job = _preview_job() if command == "preview" else _train
-        sys.argv[1:] = check_arguments(sys.argv[1:])
+        sys.argv[1:] = check_arguments(sys.argv[1:]) + (NO_FOLDER if command == "preview" else [])
         hydra.main(version_base="1.3", config_path=find_conf(), config_name="config")(job)()
     except UserError as error:
         _fail(str(error))
@@ -79,6 +80,11 @@ def main() -> None:
         key = error.override.partition("=")[0]
         if "=" not in error.override:
             _fail(f"{error.override} is no key=value; a command ({' or '.join(COMMANDS)}) goes first")
+        if error.override.partition("=")[2].lstrip().startswith(("{", "[")):
+            _fail(
+                f"{error.override}: a bracket is not closed, or a text in it needs quotes, as in "
+                "'data.filter={score: \">= 0.5\"}'"
+            )
         _fail(f"{error.override}: Hydra cannot read this value; quote it twice: '{key}=\"...\"'")
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if any(frame.f_code is job.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
@@ -137,8 +143,7 @@ def _preview_job() -> Callable[[DictConfig], None]:
     options, rest = parser.parse_known_args(sys.argv[1:])
     if {"-m", "--multirun"} & set(rest):
         raise UserError("adaptax preview looks at one configuration: leave --multirun out")
-    # No folder and no log file of a run.
-    sys.argv[1:] = [*rest, "hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=console"]
+    sys.argv[1:] = rest
 
     def job(cfg: DictConfig) -> None:
         from adaptax import preview

@@ -338,8 +338,8 @@ def _check_data(data: DataConfig) -> list[str]:
     problems = []
     for key in ("train", "eval"):
         value = getattr(data, key)
-        is_list = isinstance(value, list) and value and all(isinstance(p, str) for p in value)
-        if not (value is None or isinstance(value, str) or is_list):
+        is_list = isinstance(value, list) and value and all(isinstance(p, str) and p for p in value)
+        if not (value is None or (isinstance(value, str) and value) or is_list):
             problems.append(f"data.{key} must be a file or a list of files, not {value!r}")
     if data.train is None and data.mixture is None:
         problems.append("data.train is not set: data.train=chats.jsonl, or +experiment=quickstart for a first try")

@@ -16,7 +16,7 @@ from rich.text import Text
 from adaptax.config import Config, UserError
 from adaptax.data.catalog import train_sources
 from adaptax.data.encode import describe_counts, stream_examples
-from adaptax.data.feed import Feed, open_feed
+from adaptax.data.feed import Feed, open_feed, worry_about
 from adaptax.data.pipeline import BatchSource, count_shared
 from adaptax.data.store import Counts, Examples, TokenStore
 from adaptax.data.tokenizer import Tokenizer, open_tokenizer
@@ -25,6 +25,7 @@ from adaptax.models.hub import SMALL_FILES, fetch_files
 from adaptax.preview_page import Histogram, Part, Sample, Span, check_page, visible, write_page
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+OF_WHOLE_DATA = ("packing efficiency", "steps per epoch")  # which a stream knows nothing of
 STREAM_ROWS = 1000  # of a stream, so many are looked at
 MAX_SHOWN = 1200  # characters of a span in the terminal
 NUM_BARS, MAX_FILES = 24, 10
@@ -56,6 +57,7 @@ def preview(config: Config, num_samples: int, page: Path | None, command: str) -
     feed = _open_start_of_stream(config, tokenizer) if is_stream else open_feed(config, tokenizer)
     report = build_report(config, feed, tokenizer, num_samples)
     if is_stream:
+        report.facts[:] = [fact for fact in report.facts if fact[0] not in OF_WHOLE_DATA]
         report.facts.insert(0, ("looked at", f"the first {STREAM_ROWS} rows of each source (data.streaming=true)"))
     print_report(report, Console(file=sys.stdout, highlight=False))
     if page is not None:
@@ -69,17 +71,20 @@ def build_report(config: Config, feed: Feed, tokenizer: Tokenizer, num_samples: 
     train, batches = feed.train, feed.batches
     assert train is not None
     assert isinstance(batches, BatchSource)
-    counts, lengths = train.counts, train.examples.lengths
+    counts, rows = train.counts, batches.first_rows
+    lengths, supervised = train.examples.lengths[rows], train.examples.supervised[rows]
+    num_tokens, num_supervised = int(lengths.sum(dtype=np.int64)), int(supervised.sum(dtype=np.int64))
     percentiles = np.percentile(lengths, PERCENTILES, method="nearest").astype(int)
-    num_duplicates = len(lengths) - len(np.unique(train.examples.digests))
+    num_duplicates = len(train.examples) - len(np.unique(train.examples.digests))
     num_shared = count_shared(train, feed.held_out)
     facts = [
         ("rows read", f"{counts.rows:,}"),
-        ("rows to train", f"{len(lengths):,}"),
+        ("rows to train", f"{len(train.examples):,}" + (f", {len(rows):,} in an epoch" if train.mixture else "")),
         ("rows held out", f"{len(feed.held_out.examples):,}"),
         ("formats", _describe_formats(train.examples.stores)),
-        ("tokens", f"{train.num_tokens:,}"),
-        ("supervised", f"{train.num_supervised:,} tokens, {train.num_supervised / train.num_tokens:.1%}"),
+        ("held-out rows of", _describe_formats(feed.held_out.examples.stores) or "none"),
+        ("tokens", f"{num_tokens:,}"),
+        ("supervised", f"{num_supervised:,} tokens, {num_supervised / num_tokens:.1%}"),
         ("tokens per row", ", ".join(f"p{p} {n:,}" for p, n in zip(PERCENTILES, percentiles, strict=True))),
         ("truncated", f"{counts.truncated:,} rows (data.max_length={config.data.max_length})"),
         ("split", f"{counts.split:,} rows"),
@@ -93,6 +98,8 @@ def build_report(config: Config, feed: Feed, tokenizer: Tokenizer, num_samples: 
         ("steps", f"{feed.num_steps:,}"),
     ]
     warnings = [*describe_counts(counts, config.data)]
+    warnings += [f"evaluation: {line}" for line in describe_counts(feed.held_out.counts, config.data)]
+    warnings += worry_about(feed, config)
     if num_duplicates:
         warnings.append(f"{num_duplicates} training rows stand there more than once")
     if num_shared:
@@ -160,8 +167,16 @@ def _open_start_of_stream(config: Config, tokenizer: Tokenizer) -> Feed:
     for source in train_sources(config.data):
         counts = Counts()
         limit = min(source.max_rows or STREAM_ROWS, STREAM_ROWS)
-        found = list(stream_examples(replace(source, max_rows=limit), config.data, tokenizer, counts))
-        stores.append([TokenStore.of(source.path, source.format, found, counts)])
+        streamed = stream_examples(replace(source, max_rows=limit), config.data, tokenizer, counts)
+        group = []
+        for (unit, form), found in itertools.groupby(streamed, key=lambda row: (row.unit, row.format)):
+            rows = list(found)
+            group.append(
+                TokenStore.of(unit, form, [row.example for row in rows], Counts(), [row.number for row in rows])
+            )
+        if group:
+            group[0] = replace(group[0], counts=counts)
+        stores.append(group)
     return open_feed(replace(config, data=replace(config.data, streaming=False)), tokenizer, stores=stores)
 
 

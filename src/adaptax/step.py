@@ -5,6 +5,7 @@ The frozen base is an argument beside the state: it is not differentiated, not d
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from adaptax.loss import cross_entropy
 from adaptax.mesh import replicated
 
 Batch = dict[str, jax.Array]  # tokens, targets, loss_mask, segments, positions: each [A, B, T], A accumulated
+log = logging.getLogger(__name__)
 HEAD = "embedder/embedding"
 
 
@@ -120,6 +122,8 @@ class StepPerLength:
         """The program for batches like this one; the base may be shapes alone."""
         length = batch["tokens"].shape[-1]
         if length not in self._compiled:
+            if self._compiled:
+                log.info("compiling the step for sequences of %d tokens", length)
             self._compiled[length] = self._step.lower(state, base, batch).compile()
         return self._compiled[length]
 

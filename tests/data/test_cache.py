@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from adaptax.config import DataConfig, UserError
 from adaptax.data.cache import META, TokenCache, default_folder, fingerprint
 from adaptax.data.chat import Example
 from adaptax.data.pipeline import load_data
+from adaptax.data.sources import content_digest
 from adaptax.data.store import FIELDS, Counts, Examples, StoreWriter, TokenStore, pack_examples
 from adaptax.data.tokenizer import Tokenizer
 from rows import Write, chat, data_config
@@ -71,7 +74,7 @@ def test_what_is_built_once_is_mapped_later(tmp_path: Path, caplog: pytest.LogCa
         store = TokenCache(tmp_path / "new" / "folder", 1e9).get(KEYS[0], name, build)
         check(store)
         assert store.name == name
-        assert all(isinstance(array, np.memmap) for array in store.arrays.values())
+        assert all(isinstance(array.base, np.memmap) for array in store.arrays.values())
     assert build.count == 1
     assert warnings_of(caplog) == []
 
@@ -260,7 +263,8 @@ def build(writer):
 print("ready", flush=True)
 sys.stdin.readline()
 store = TokenCache(folder, float(sys.argv[4])).get(key, "rows", build)
-print(hashlib.sha256(store.arrays["tokens"].tobytes()).hexdigest(), len(store), type(store.arrays["tokens"]).__name__)
+tokens = store.arrays["tokens"]
+print(hashlib.sha256(tokens.tobytes()).hexdigest(), len(store), type(tokens.base).__name__)
 """
 
 
@@ -502,7 +506,7 @@ def test_each_file_has_an_entry_and_they_give_what_none_gives(
     ours, theirs = (load_data(c, tokenizer)[0].examples for c in (config, data_config(names)))
     assert ours.digests.tolist() == theirs.digests.tolist()
     assert [ours.place(i) for i in range(900)] == [theirs.place(i) for i in range(900)]
-    assert all(isinstance(array, np.memmap) for store in ours.stores for array in store.arrays.values())
+    assert all(isinstance(array.base, np.memmap) for store in ours.stores for array in store.arrays.values())
 
 
 def test_what_was_said_of_the_rows_is_said_again(
@@ -550,3 +554,61 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_run(
     data, _ = load_data(data_config(path, cache=True, cache_dir=str(taken)), tokenizer)
     assert len(data.examples) == len(ROWS)
     assert warnings_of(caplog)[0].startswith(f"tokens of {path} are not kept: ")
+
+
+def test_a_changed_byte_is_noticed(tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    """Not its size alone."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(chat(f"question {i}", f"answer {i}")) + "\n" for i in range(20)))
+    config = data_config(path, cache=True, cache_dir=str(tmp_path / "cache"))
+    before = load_data(config, tokenizer)[0].examples
+    expected = [before[i].tokens.tolist() for i in range(len(before))]
+    (file,) = (tmp_path / "cache").glob("*/tokens.bin")
+    raw = bytearray(file.read_bytes())
+    raw[101] ^= 4
+    file.write_bytes(raw)
+    after = load_data(config, tokenizer)[0].examples
+    assert [after[i].tokens.tolist() for i in range(len(after))] == expected
+    assert any("damaged" in record.getMessage() for record in caplog.records)
+
+
+def test_an_entry_in_a_folder_that_others_own_is_used(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A lock file cannot be made there; a folder that stands in its place does as much to root."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(chat("a", "b")) + "\n")
+    config = data_config(path, cache=True, cache_dir=str(tmp_path / "cache"))
+    load_data(config, tokenizer)
+    (lock,) = (tmp_path / "cache").glob("*.lock")
+    lock.unlink()
+    lock.mkdir()
+    (store,) = load_data(config, tokenizer)[0].examples.stores
+    assert isinstance(store.arrays["tokens"].base, np.memmap)
+
+
+def test_a_parquet_file_that_changed_without_a_new_date_is_read_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "rows.parquet"
+    config = data_config(path, cache=True, cache_dir=str(tmp_path / "cache"))
+    shown = []
+    for word in ("old", "new"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": [word]}), path)
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        shown.append(tokenizer.decode(load_data(config, tokenizer)[0].examples[0].tokens.tolist()))
+    assert shown == ["old", "new"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "one"}) + "\n")
+
+    def digest_and_replace(unit: str) -> str:
+        found = content_digest(unit)
+        path.write_text(json.dumps({"text": "three"}) + "\n")
+        return found
+
+    monkeypatch.setattr("adaptax.data.encode.content_digest", digest_and_replace)
+    config = data_config(path, cache=True, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"rows.jsonl changed while it was read"):
+        load_data(config, tokenizer)
+    assert not list((tmp_path / "cache").glob("*/meta.json"))

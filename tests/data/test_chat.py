@@ -15,9 +15,7 @@ from adaptax.data.chat import (
     ROLES,
     TOOL_ROLES,
     Example,
-    encode_chat,
     encode_rows,
-    encode_text,
     last_request,
     read_turns,
     render_chat,
@@ -25,6 +23,7 @@ from adaptax.data.chat import (
 )
 from adaptax.data.tokenizer import BOS, END_OF_TURN, EOS, Tokenizer
 from conversations import Messages, chat, odd_conversations, parts, random_conversations
+from rows import encode_chat, encode_text
 
 MODES = ("assistant", "last_assistant", "all")
 FIVE = chat(("system", "S"), ("user", "U1"), ("assistant", "A1"), ("user", "U2"), ("assistant", "A2"))

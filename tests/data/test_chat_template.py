@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from adaptax.config import UserError
-from adaptax.data.chat import encode_chat
 from adaptax.data.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer
 from adaptax.models import ASSETS
 from conversations import (
@@ -26,6 +25,7 @@ from conversations import (
     random_conversations,
     render,
 )
+from rows import encode_chat
 
 NEWLINE = 107  # of the tokenizer that ships with the package
 NUM_RANDOM = 300

@@ -16,12 +16,12 @@ import pytest
 
 from adaptax.config import UserError
 from adaptax.data.catalog import train_sources
-from adaptax.data.chat import Example, encode_chat, encode_text
+from adaptax.data.chat import Example
 from adaptax.data.encode import CHUNK_ROWS, count_all, describe_counts, encode_source, stream_examples
 from adaptax.data.pipeline import load_data
 from adaptax.data.store import Counts, Examples
 from adaptax.data.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer
-from rows import Write, chat, data_config
+from rows import Write, chat, data_config, encode_chat, encode_text
 
 GOOD = chat("Hi", "Hello")
 
@@ -36,7 +36,8 @@ def encode(path: Any, tokenizer: Tokenizer, **changes: Any) -> tuple[Examples, C
 def stream(path: Any, tokenizer: Tokenizer, **changes: Any) -> tuple[list[Example], Counts]:
     """(rows, counts) of all training files, read one after another."""
     config, total = data_config(path, **changes), Counts()
-    return [e for source in train_sources(config) for e in stream_examples(source, config, tokenizer, total)], total
+    sources = train_sources(config)
+    return [row.example for s in sources for row in stream_examples(s, config, tokenizer, total)], total
 
 
 def targets(example: Example) -> list[int]:
@@ -402,14 +403,17 @@ def test_nothing_left_to_train_after_the_cut_is_an_error(write_jsonl: Write, tok
 
 def test_answers_that_never_end_are_an_error(write_jsonl: Write, tokenizer: Tokenizer) -> None:
     path = write_jsonl([chat("a", "lamp " * 200)] * 3)
-    words = (
-        r"data.train: no <end_of_turn> of .*rows.jsonl is trained, so no answer would ever end: raise data.max_length"
-    )
+    words = r"data.train: no <end_of_turn> of an answer in .*rows.jsonl is trained, so none would ever end: raise data"
     with pytest.raises(UserError, match=words):
         load_data(data_config(path, max_length=32), tokenizer)
     assert len(load_data(data_config(path, max_length=32, overlong="split"), tokenizer)[0].examples)
     more = write_jsonl([GOOD], "more.jsonl")
-    assert len(load_data(data_config([str(path), str(more)], max_length=32), tokenizer)[0].examples) == 4
+    with pytest.raises(UserError, match=words):  # another source does not make up for it
+        load_data(data_config([str(path), str(more)], max_length=32), tokenizer)
+    with pytest.raises(UserError, match=words):  # nor do the ends of the user's turns
+        load_data(data_config(path, max_length=32, supervise="all"), tokenizer)
+    both = write_jsonl([GOOD, chat("a", "lamp " * 200)], "both.jsonl")
+    assert len(load_data(data_config(both, max_length=32), tokenizer)[0].examples) == 2
 
 
 def test_answers_that_never_end_are_an_error_beside_texts_too(write_jsonl: Write, tokenizer: Tokenizer) -> None:
@@ -435,7 +439,10 @@ def test_special_tokens_in_the_rows_are_counted(write_jsonl: Write, tokenizer: T
     assert counts.special == 2
     for token in (START_OF_TURN, END_OF_TURN):
         assert [int((e.tokens == token).sum()) for e in examples] == [2, 2, 2]
-    assert describe_counts(counts, data_config()) == ["2 rows with special tokens spelled out, which stay plain text"]
+    assert describe_counts(counts, data_config()) == [
+        "2 rows with special tokens spelled out, which stay plain text: rows "
+        "that are in the chat template already would be in it twice"
+    ]
     rows[1:] = [chat("<eos> and <unused3>", "b"), chat("c", "<pad> d")]
     config = data_config(write_jsonl(rows), allow_special_tokens=True)
     data, _ = load_data(config, allowed)

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from adaptax.config import Config, UserError
-from adaptax.data.chat import encode_chat
 from adaptax.data.feed import describe_feed, open_feed
 from adaptax.data.pipeline import BatchSource
 from adaptax.data.store import Counts, TokenStore
 from adaptax.data.streaming import StreamSource
 from adaptax.data.tokenizer import Tokenizer
-from rows import Write, assert_same, chat, data_config, documents, hash_batch, run_config
+from rows import Write, assert_same, chat, data_config, documents, encode_chat, hash_batch, run_config
 
 
 @pytest.fixture
@@ -177,10 +176,12 @@ def test_packing_that_leaves_few_steps_is_told(
         return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
     (told,) = warnings_of({}, packing=True)
-    assert told.endswith(
-        "steps are few: data.packing=false, a smaller data.max_length or more training.num_epochs make more"
+    num_steps = open_feed(config_of(path, packing=True), tokenizer).num_steps
+    assert told == (
+        f"few steps ({num_steps}): data.packing=false, a smaller data.max_length or more training.num_epochs make more"
     )
-    assert told.startswith(f"{open_feed(config_of(path, packing=True), tokenizer).num_steps} steps")
+    (_, told) = warnings_of({"micro_batch_size": 999}, packing=True)
+    assert told.endswith("a step takes 1998: the others are empty; lower training.micro_batch_size")
     assert warnings_of({"num_epochs": 10}, packing=True) == []
     assert warnings_of({"num_batches": 5}, packing=True) == []
     assert warnings_of({}, packing=False) == []

@@ -37,7 +37,6 @@ BIG = 1234567890123456789  # as a float it is ...768
         ([None, "en"], [None, "en"], ["", "de"]),
         ([True], [True, "true"], [1, False]),
         ([], [], ["", None, 0, "en"]),
-        ([">= 5"], [">= 5"], [5, "5"]),  # in a list no operators
         ("> 0.5", [0.6, 1, "0.6", " 1 ", "1e3", math.inf, True], [0.5, 0, -1, "0.5", None, "", "  ", math.nan, False]),
         (">= 0.5", [0.5, "0.50", 1], [0.49, "0.4", None, "", math.nan]),
         ("< 0", [-1, "-1", -0.1, -math.inf, "-inf"], [0, -0.0, "0", 1, None, "", math.nan]),
@@ -195,3 +194,12 @@ def test_rows_of_a_csv_file(tmp_path: Path) -> None:
     assert taken(ok=True) == ["1", "2", "4"]
     assert taken(id=[1, "3", 5.0], lang="en") == ["1", "3"]
     assert taken(id=3) == ["3"]
+
+
+def test_a_condition_in_a_list_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data.filter.n: '>= 5' in a list is a value, no condition"):
+        RowFilter({"n": ["a", ">= 5"]})
+
+
+def test_names_of_any_kind_have_an_order() -> None:
+    assert RowFilter({1: "a", "b": "c"}).described == RowFilter({"b": "c", 1: "a"}).described

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from adaptax.config import UserError
-from adaptax.data.chat import Example, encode_chat, encode_rows, encode_text
+from adaptax.data.chat import Example, encode_rows
 from adaptax.data.formats import FORMATS, Fields, check_format, find_format
 from adaptax.data.tokenizer import Tokenizer
 from conversations import chat, parts
+from rows import encode_chat, encode_text
 
 TURNS = chat(("user", "Hi"), ("assistant", "Hello"))
 SHARED = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -145,7 +146,7 @@ def test_which_formats_are_conversations() -> None:
         (["messages", "talk"], {"messages": "talk"}, "messages"),
         (["prompt", "completion", "sys"], {"system": "sys"}, "prompt_completion"),
         (["instruction", "output", "sys"], {"system": "sys"}, "alpaca"),
-        (["messages", "prompt", "completion", "sys"], {"system": "sys"}, "prompt_completion"),
+        (["messages", "prompt", "completion", "sys"], {"system": "sys"}, "messages"),
         (["prompt", "completion"], {"prompt": "completion", "completion": "prompt"}, "prompt_completion"),
     ],
 )
@@ -237,7 +238,7 @@ def test_formats_and_column_maps_that_are_fine(name: str, columns: Columns) -> N
     check_format(name, columns)
 
 
-ALL = "messages, conversations, system, instruction, output, input, prompt, completion, text"
+ALL = "messages, system, conversations, instruction, output, input, prompt, completion, text"
 
 
 @pytest.mark.parametrize(

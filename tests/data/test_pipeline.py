@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from adaptax.config import UserError
-from adaptax.data.chat import Example, encode_chat
+from adaptax.data.chat import Example
 from adaptax.data.pipeline import (
     BatchSource,
     Dataset,
@@ -26,7 +26,7 @@ from adaptax.data.pipeline import (
 )
 from adaptax.data.store import Counts, Examples, TokenStore
 from adaptax.data.tokenizer import PAD, Tokenizer
-from rows import FIRST_ID, Batch, Write, assert_same, chat, data_config, documents, hash_batch
+from rows import FIRST_ID, Batch, Write, assert_same, chat, data_config, documents, encode_chat, hash_batch
 
 NUM_ROWS, CAPACITY = 53, 32
 

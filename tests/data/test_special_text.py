@@ -10,10 +10,10 @@ import pytest
 import sentencepiece
 
 from adaptax.config import UserError
-from adaptax.data.chat import encode_chat, encode_text
 from adaptax.data.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer, is_special
 from adaptax.models import ASSETS
 from conversations import Messages, chat, parts, render
+from rows import encode_chat, encode_text
 from toy_tokenizer import CONTROLS, GEMMA3_SYMBOLS, IMAGES
 
 SPECIALS = [*CONTROLS, *GEMMA3_SYMBOLS, *IMAGES]

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 
 from adaptax import cli
 from adaptax.config import Config, UserError, build
-from adaptax.data.chat import encode_chat
 from adaptax.data.tokenizer import BOS, END_OF_TURN, EOS, PAD, SPARE_ROWS, START_OF_TURN, Tokenizer, open_tokenizer
 from adaptax.models import ASSETS
 from conversations import TEXTS, chat
+from rows import encode_chat
 from toy_tokenizer import GEMMA3_LIKE, GEMMA3_SYMBOLS, train_tokenizer
 
 TINY = ASSETS / "gemma3_tiny" / "tokenizer.model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -9,7 +10,9 @@ import logging
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +48,17 @@ class TokenCache:
 
     def get(self, key: str, name: str, build: Build) -> TokenStore:
         """The store of that key, built if it is not there; where the folder cannot be written, built in memory."""
+        store = self._open(key)  # whole since it has its name, so a folder that only others may write serves too
+        if store is not None:
+            return replace(store, name=name)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(self.folder / f"{key}.lock")
             if not _is_free(lock):
                 log.info("waiting for another run that makes the same tokens of %s", name)
             with lock:
-                store = self._open(key, name)
-                return self._build(key, name, build) if store is None else store
+                store = self._open(key)
+                return self._build(key, name, build) if store is None else replace(store, name=name)
         except OSError as error:
             log.warning(
                 "tokens of %s are not kept: %s; data.cache_dir names another folder, data.cache=false keeps none",
@@ -61,32 +67,35 @@ class TokenCache:
             )
             return build_in_memory(name, build)
 
-    def _open(self, key: str, name: str) -> TokenStore | None:
+    def _open(self, key: str) -> TokenStore | None:
+        """The store under that key, if it is there and whole."""
         folder = self.folder / key
         if not folder.exists():
             return None
         try:
             meta = json.loads((folder / META).read_text(encoding="utf-8"))
-            if any((folder / f"{n}.bin").stat().st_size != meta["bytes"][n] for n in FIELDS):
+            if any(_checksum(folder / f"{n}.bin") != meta["checksums"][n] for n in FIELDS):
                 raise ValueError
-            store = TokenStore(name, meta["format"], map_arrays(folder), Counts(**meta["counts"]))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            log.warning("tokens of %s in %s are damaged: they are made anew", name, folder)
+            store = TokenStore(meta["name"], meta["format"], map_arrays(folder), Counts(**meta["counts"]))
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        os.utime(folder / META)
+        with contextlib.suppress(OSError):  # another user's
+            os.utime(folder / META)
         return store
 
     def _build(self, key: str, name: str, build: Build) -> TokenStore:
         partial, folder = self.folder / f"{key}.partial", self.folder / key
+        if folder.exists():
+            log.warning("tokens of %s in %s are damaged: they are made anew", name, folder)
         for stale in (partial, folder):  # of a run that was killed, or damaged
             shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir()
         writer = StoreWriter(partial)
         try:
             form, counts = build(writer)
-            arrays = writer.finish()
-            sizes = {n: arrays[n].nbytes for n in FIELDS}
-            meta = {"name": name, "format": form, "bytes": sizes, "counts": dataclasses.asdict(counts)}
+            writer.finish()
+            checksums = {n: _checksum(partial / f"{n}.bin") for n in FIELDS}
+            meta = {"name": name, "format": form, "checksums": checksums, "counts": dataclasses.asdict(counts)}
             (partial / META).write_text(json.dumps(meta), encoding="utf-8")
             partial.rename(folder)
         except BaseException:
@@ -128,6 +137,15 @@ class TokenCache:
         except filelock.Timeout:
             return False
         return True
+
+
+def _checksum(path: Path) -> list[int]:
+    """Length and CRC-32 of a file, read in blocks."""
+    length = checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            length, checksum = length + len(block), zlib.crc32(block, checksum)
+    return [length, checksum]
 
 
 def build_in_memory(name: str, build: Build) -> TokenStore:

@@ -56,7 +56,7 @@ def check_sources(config: Config) -> None:
         raise UserError("data.streaming=true cannot hold rows out: data.eval=FILE, or data.eval_fraction=0")
     if data.streaming and not data.packing:
         raise UserError("data.streaming=true packs rows: data.packing=true")
-    check_format(data.format, data.columns or {})
+    check_format(data.format, _or_empty(data.columns))
     for key, sources in (("mixture" if data.mixture else "train", train_sources(data)), ("eval", eval_sources(data))):
         for source in sources:
             check_format(source.format, source.columns, f"data.{key}" if key == "mixture" else "data")
@@ -70,7 +70,11 @@ def check_sources(config: Config) -> None:
 
 
 def _source(config: DataConfig, path: str, max_rows: int | None) -> Source:
-    return Source(path, config.format, config.columns or {}, config.filter or {}, max_rows)
+    return Source(path, config.format, _or_empty(config.columns), _or_empty(config.filter), max_rows)
+
+
+def _or_empty(mapping: Any) -> Any:
+    return {} if mapping is None else mapping
 
 
 def _read_entry(config: DataConfig, entry: Any, key: str) -> Source:
@@ -87,7 +91,8 @@ def _read_entry(config: DataConfig, entry: Any, key: str) -> Source:
         raise UserError(f"{key}.weight must be a number above 0, not {weight!r}")
     if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
         raise UserError(f"{key}.max_rows must be a whole number from 1, not {max_rows!r}")
-    given = {"format": config.format, "columns": config.columns or {}, "filter": config.filter or {}} | dict(entry)
+    given = {"format": config.format, "columns": config.columns, "filter": config.filter} | dict(entry)
+    given |= {name: _or_empty(given[name]) for name in ("columns", "filter")}
     check_format(given["format"], given["columns"], key)
     RowFilter(given["filter"], f"{key}.filter")
     return Source(entry["path"], given["format"], given["columns"], given["filter"], max_rows, float(weight))

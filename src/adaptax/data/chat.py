@@ -185,23 +185,6 @@ def _template_problem(tokens: np.ndarray) -> str | None:
     return None
 
 
-def encode_chat(messages: Any, tokenizer: Tokenizer, supervise: str = "assistant") -> Example:
-    """One conversation as tokens; raises UserError like :func:`read_turns`."""
-    return _encode_one(render_chat(read_turns(messages, "messages"), supervise), tokenizer)
-
-
-def encode_text(text: Any, tokenizer: Tokenizer) -> Example:
-    """One plain document as tokens; raises UserError like :func:`render_text`."""
-    return _encode_one(render_text(text, "text"), tokenizer)
-
-
-def _encode_one(pieces: list[Piece], tokenizer: Tokenizer) -> Example:
-    example = encode_rows([pieces], tokenizer)[0]
-    if isinstance(example, UserError):
-        raise example
-    return example
-
-
 def last_request(tokens: list[int], tokenizer: Tokenizer) -> str:
     """What the user said last in a prompt, without the template around it."""
     text = tokenizer.decode(tokens)

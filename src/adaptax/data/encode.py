@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from adaptax.config import DataConfig, UserError
+from adaptax.config import DataConfig, UserError, locate
 from adaptax.data.cache import TokenCache, build_in_memory, default_folder, fingerprint
 from adaptax.data.catalog import Source
 from adaptax.data.chat import Example, Piece, encode_rows
@@ -26,6 +27,9 @@ from adaptax.data.tokenizer import BOS, END_OF_TURN, Tokenizer, is_special
 
 log = logging.getLogger(__name__)
 CHUNK_ROWS = 256
+MANY_FILES = 10  # of more, one line is logged for all
+HEAD_ROWS, COLUMN_ROWS = 1000, 100  # of a stream: looked at for a good row; good ones looked at for columns
+SETTINGS = ("supervise", "allow_special_tokens", "min_length", "max_length", "overlong", "on_bad_row")
 SECONDS_BETWEEN_LINES = 10
 BAD_ROWS = "skipped, as they cannot be used, among them"
 
@@ -69,9 +73,7 @@ class Encoder:
         counts.bad = len(bad)
         counts.listed = [f"row {number}: {message}" for number, message in sorted(bad)]
         arrays = pack_examples([e for _, e in kept], [n for n, _ in kept], [digest_of(e.tokens) for _, e in kept])
-        if FORMATS[self.format].is_chat:
-            counts.chats = len(kept)
-            counts.terminators = int(np.count_nonzero(arrays["trained"] & (arrays["tokens"] == END_OF_TURN)))
+        counts.chats = len(kept) if FORMATS[self.format].is_chat else 0
         return arrays, counts
 
     def _fit(self, example: Example, counts: Counts) -> list[Example]:
@@ -91,6 +93,9 @@ class Encoder:
             counts.truncated += how == "truncate"
         parts = [part for part in parts if part.is_trained[1:].any()]
         counts.untrained += not parts
+        ends = np.flatnonzero(example.tokens == END_OF_TURN)[1::2]  # those of the model: a conversation alternates
+        within = num_tokens if self.config.overlong == "split" else limit
+        counts.terminators += int(example.is_trained[ends[ends < within]].sum())
         return parts
 
 
@@ -111,12 +116,18 @@ def encode_source(source: Source, config: DataConfig, tokenizer: Tokenizer) -> l
     """
     stores: list[TokenStore] = []
     left = source.max_rows
-    for unit in find_units(source.path):
+    units = find_units(source.path)
+    for unit in units:
         stores.append(_encode_unit(unit, left, source, config, tokenizer))
+        if len(units) <= MANY_FILES:
+            log.info("%s: %d rows, format %s", unit, stores[-1].counts.rows, stores[-1].format)
         if left is not None:
             left -= stores[-1].counts.rows
             if left <= 0:
                 break
+    if len(units) > MANY_FILES:
+        num_rows, formats = sum(store.counts.rows for store in stores), sorted({store.format for store in stores})
+        log.info("%s: %d files, %d rows, format %s", source.path, len(stores), num_rows, ", ".join(formats))
     return stores
 
 
@@ -128,24 +139,32 @@ def _encode_unit(unit: str, limit: int | None, source: Source, config: DataConfi
         is_taken.check_columns(rows.columns, rows.name)
         form = find_format(rows.columns, source.format, rows.name, source.columns)
         encoder = Encoder(config, source, form, tokenizer, is_taken)
-        return form, _encode_all(encoder, rows, writer)
+        counts = _encode_all(encoder, rows, writer)
+        if _stamp(unit) != stamp:  # its tokens would be kept under the hash of what it was
+            raise UserError(f"{unit} changed while it was read: start again when it is written")
+        return form, counts
 
+    stamp = _stamp(unit)
     if config.cache:
         parts = {
-            "content": [content_digest(unit), Path(unit).suffix.lower()],  # the same bytes are other rows as TSV
+            "content": content_digest(unit),
+            "kind": Path(unit).suffix.lower(),  # the same bytes are other rows in a .csv than in a .tsv
             "tokenizer": tokenizer.digest,
-            "source": [source.format, dict(source.columns), dict(source.filter), limit],
+            "source": [source.format, dict(source.columns), is_taken.described, limit],
             "settings": [getattr(config, name) for name in SETTINGS],
         }
         folder = Path(config.cache_dir).expanduser() if config.cache_dir else default_folder()
         store = TokenCache(folder, config.cache_gib * 2**30).get(fingerprint(parts), unit, build)
     else:
         store = build_in_memory(unit, build)
-    log.info("%s: %d rows, format %s", unit, store.counts.rows, store.format)
     return store
 
 
-SETTINGS = ("supervise", "allow_special_tokens", "min_length", "max_length", "overlong", "on_bad_row")
+def _stamp(unit: str) -> tuple[int, ...]:
+    """What changes with a file's content; nothing of what is no file."""
+    path = locate(unit)
+    stat = path.stat() if path.is_file() else None
+    return (stat.st_size, stat.st_mtime_ns, stat.st_ino) if stat else ()
 
 
 def _encode_all(encoder: Encoder, rows: Rows, writer: StoreWriter) -> Counts:
@@ -191,47 +210,55 @@ def _read(rows: Rows, start: int) -> Iterator[tuple[int, Row | UserError]]:
             yield rows.number(index), error
 
 
+class Streamed(NamedTuple):
+    """A row of a stream as tokens, and where it comes from."""
+
+    unit: str
+    format: str
+    number: int
+    example: Example
+
+
 def stream_examples(
     source: Source, config: DataConfig, tokenizer: Tokenizer, total: Counts, *, is_told: bool = True
-) -> Iterator[Example]:
+) -> Iterator[Streamed]:
     """The rows of a source as tokens, one after another, kept nowhere; they are added to the counts.
 
     ``is_told`` has the format of each file logged.
     """
     left = source.max_rows
     for unit in find_units(source.path):
+        if left is not None and left <= 0:
+            return
         rows = itertools.islice(stream_rows(unit), left)
-        encoder = None
+        head = list(itertools.islice(rows, HEAD_ROWS))
+        encoder = _encoder_of_stream(unit, head, source, config, tokenizer)
+        log.log(logging.INFO if is_told else logging.DEBUG, "%s: format %s", unit, encoder.format)
+        rows = itertools.chain(head, rows)
         while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-            places = [place for place, _ in chunk]
-            if encoder is None:
-                encoder = _encoder_of_stream(unit, [row for _, row in chunk], source, config, tokenizer)
-                log.log(logging.INFO if is_told else logging.DEBUG, "%s: format %s", unit, encoder.format)
-            arrays, counts = encoder.encode(enumerate((row for _, row in chunk), start=0))
-            counts.listed = [_name_place(line, places) for line in counts.listed]
+            arrays, counts = encoder.encode((int(place.rpartition(" ")[2]), row) for place, row in chunk)
+            counts.listed = [f"{unit} {line}" for line in counts.listed]
             if counts.bad and config.on_bad_row == "error":
                 raise UserError(counts.listed[0])
             total.add(counts)
             left = None if left is None else left - counts.rows
             edges = np.cumsum(arrays["lengths"])[:-1]
-            pairs = zip(np.split(arrays["tokens"], edges), np.split(arrays["trained"], edges), strict=True)
-            yield from (Example(*pair) for pair in pairs if len(pair[0]))
+            split = zip(np.split(arrays["tokens"], edges), np.split(arrays["trained"], edges), strict=True)
+            for number, pair in zip(arrays["rows"].tolist(), split, strict=False):
+                yield Streamed(unit, encoder.format, number, Example(*pair))
 
 
 def _encoder_of_stream(
-    unit: str, rows: Sequence[Row | UserError], source: Source, config: DataConfig, tokenizer: Tokenizer
+    unit: str, head: Sequence[tuple[str, Row | UserError]], source: Source, config: DataConfig, tokenizer: Tokenizer
 ) -> Encoder:
-    columns = list(dict.fromkeys(column for row in rows if not isinstance(row, UserError) for column in row))
+    good = [row for _, row in head if not isinstance(row, UserError)]
+    if not good:
+        place, problem = head[0]
+        raise UserError(f"{place}: {problem}")
+    columns = list(dict.fromkeys(column for row in good[:COLUMN_ROWS] for column in row))
     is_taken = RowFilter(source.filter)
     is_taken.check_columns(columns, unit)
-    form = find_format(columns, source.format, unit, source.columns)
-    return Encoder(config, source, form, tokenizer, is_taken)
-
-
-def _name_place(line: str, places: Sequence[str]) -> str:
-    """``row 3: ...`` of a chunk, with the place of that row in its file."""
-    number, _, message = line.removeprefix("row ").partition(": ")
-    return f"{places[int(number)]}: {message}"
+    return Encoder(config, source, find_format(columns, source.format, unit, source.columns), tokenizer, is_taken)
 
 
 def count_all(stores: Sequence[TokenStore]) -> Counts:
@@ -245,7 +272,9 @@ def count_all(stores: Sequence[TokenStore]) -> Counts:
 def describe_counts(counts: Counts, config: DataConfig) -> Sequence[str]:
     """What became of the rows that were not simply taken, one line each."""
     limit, shortest = f"data.max_length={config.max_length}", f"data.min_length={config.min_length}"
-    fate = "became these tokens" if config.allow_special_tokens else "stay plain text"
+    fate = "became these tokens"
+    if not config.allow_special_tokens:
+        fate = "stay plain text: rows that are in the chat template already would be in it twice"
     lines = {
         "left out by data.filter": counts.filtered,
         BAD_ROWS: counts.bad,

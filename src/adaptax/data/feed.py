@@ -105,8 +105,24 @@ def describe_feed(feed: Feed, config: Config) -> None:
         training.gradient_accumulation_steps,
         feed.num_steps,
     )
-    if config.data.packing and training.num_batches is None and feed.num_steps < FEW_STEPS:
-        log.warning(
-            "%d steps are few: data.packing=false, a smaller data.max_length or more training.num_epochs make more",
-            feed.num_steps,
+    for line in worry_about(feed, config):
+        log.warning("%s", line)
+
+
+def worry_about(feed: Feed, config: Config) -> list[str]:
+    """What about the batches is hardly meant, one line each."""
+    lines = []
+    if not isinstance(feed.batches, BatchSource):
+        return lines
+    if config.data.packing and feed.num_steps < FEW_STEPS and config.training.num_batches is None:
+        lines.append(
+            f"few steps ({feed.num_steps}): data.packing=false, a smaller data.max_length or more training.num_epochs "
+            "make more"
         )
+    num_sequences = len(feed.batches.rows(0)[0])
+    if feed.batches.steps_per_epoch == 1 and num_sequences < feed.global_batch_size:
+        lines.append(
+            f"a pass over the data is {num_sequences} sequences, and a step takes {feed.global_batch_size}: the others "
+            "are empty; lower training.micro_batch_size"
+        )
+    return lines

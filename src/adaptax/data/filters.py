@@ -32,6 +32,7 @@ class RowFilter:
         if not isinstance(conditions, Mapping):
             raise UserError(f"{key} must be like '{{lang: en, score: \">= 0.5\"}}', not {conditions!r}")
         self._key = key
+        self.described = sorted((column, repr(value)) for column, value in _flatten(conditions))
         self._conditions = [(column, _parse(value, f"{key}.{column}")) for column, value in _flatten(conditions)]
 
     def check_columns(self, columns: Sequence[str], path: str) -> None:
@@ -73,6 +74,9 @@ def _look_up(row: Mapping[str, Any], name: str) -> Any:
 
 def _parse(value: Any, key: str) -> Condition:
     if isinstance(value, list):
+        for item in value:
+            if isinstance(item, str) and _OPERATOR.fullmatch(item):
+                raise UserError(f"{key}: {item!r} in a list is a value, no condition: a list names values to take")
         return lambda actual: any(_equal(actual, wanted) for wanted in value)
     match = _OPERATOR.fullmatch(value) if isinstance(value, str) else None
     if match is None:

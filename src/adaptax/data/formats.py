@@ -51,12 +51,15 @@ class Fields:
 
 
 def _messages(fields: Fields, supervise: str) -> list[Piece]:
-    return render_chat(read_turns(fields["messages"], fields.name("messages")), supervise)
+    return _conversation(fields, "messages", supervise)
 
 
 def _sharegpt(fields: Fields, supervise: str) -> list[Piece]:
-    turns, name = fields["conversations"], fields.name("conversations")
-    return render_chat(read_turns(turns, name, fields.optional("system")), supervise)
+    return _conversation(fields, "conversations", supervise)
+
+
+def _conversation(fields: Fields, column: str, supervise: str) -> list[Piece]:
+    return render_chat(read_turns(fields[column], fields.name(column), fields.optional("system")), supervise)
 
 
 def _alpaca(fields: Fields, supervise: str) -> list[Piece]:
@@ -78,7 +81,7 @@ def _text(fields: Fields, supervise: str) -> list[Piece]:
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), _messages),
+    "messages": Format(("messages",), _messages, ("system",)),
     "sharegpt": Format(("conversations",), _sharegpt, ("system",)),
     "alpaca": Format(("instruction", "output"), _alpaca, ("input", "system")),
     "prompt_completion": Format(("prompt", "completion"), _prompt_completion, ("system",)),
@@ -92,6 +95,10 @@ def check_format(name: str, columns: Any, key: str = "data") -> None:
         raise UserError(f"{key}.format={name}: {one_of(name, ('auto', *FORMATS))}")
     if not isinstance(columns, Mapping) or not all(isinstance(v, str) for v in columns.values()):
         raise UserError(f"{key}.columns must be like {{prompt: question, completion: answer}}, not {columns!r}")
+    twice = {name for name in columns.values() if list(columns.values()).count(name) > 1}
+    if twice:
+        both = " and ".join(str(column) for column, name in columns.items() if name in twice)
+        raise UserError(f"{key}.columns: {both} are both {min(twice)}; each needs a column of its own")
     forms = FORMATS.values() if name == "auto" else (FORMATS[name],)
     known = dict.fromkeys(c for form in forms for c in (*form.columns, *form.optional))
     for column in columns:
@@ -121,7 +128,7 @@ def find_format(columns: Sequence[str], name: str, path: str, names: Mapping[str
             f"{path} has no column {', '.join(absent)}, which data.columns names; it has {_listed(columns)}"
         )
     if name == "auto":
-        mapped = [n for n, form in FORMATS.items() if set(names) & {*form.columns, *form.optional}]
+        mapped = [n for n, form in FORMATS.items() if names and set(names) <= {*form.columns, *form.optional}]
         for candidate in mapped or FORMATS:
             if all(names.get(column, column) in columns for column in FORMATS[candidate].columns):
                 return candidate

@@ -71,7 +71,7 @@ def load_data(
       UserError: naming file and row of the first bad row, or why there is nothing to train or to evaluate.
     """
     sources = train_sources(config)
-    if config.mixture is None and any(source.path.startswith("embedded:") for source in sources):
+    if _is_embedded(sources):
         log.info("the training rows are the small dataset that ships with adaptax; data.train=FILE takes your own")
     stores = stores or [encode_source(source, config, tokenizer) for source in sources]
     train, owners = _join(sources, stores, config, "data.mixture" if config.mixture else "data.train")
@@ -80,10 +80,16 @@ def load_data(
         train, held_out, owners = _hold_out(train, owners, config)
     if config.mixture is not None:
         train.mixture = _plan_mixture(sources, owners)
+    if not _is_embedded(sources) and _is_embedded(eval_sources(config)):
+        log.warning("data.eval is a dataset that ships with adaptax, not yours: data.eval=FILE, or data.eval=null")
     num_shared = count_shared(train, held_out)
     if num_shared:
         log.warning("%d evaluation rows also stand in the training data: the evaluation flatters", num_shared)
     return train, held_out
+
+
+def _is_embedded(sources: Sequence[Source]) -> bool:
+    return any(source.path.startswith("embedded:") for source in sources)
 
 
 def load_held_out(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
@@ -110,11 +116,13 @@ def _join(
     if not len(data.examples):
         reasons = "; ".join(describe_counts(counts, config)) or "there are none"
         raise UserError(f"{key}: no row of {names} is left to use: {reasons}")
-    if counts.chats and not counts.terminators:
-        raise UserError(
-            f"{key}: no <end_of_turn> of {names} is trained, so no answer would ever end: raise data.max_length, or "
-            "look at the train and weight of the messages"
-        )
+    for source, group in zip(sources, stores, strict=True):
+        counts = count_all(group)
+        if counts.chats and not counts.terminators:
+            raise UserError(
+                f"{key}: no <end_of_turn> of an answer in {source.path} is trained, so none would ever end: raise "
+                "data.max_length, or look at the train and weight of the messages"
+            )
     return data, np.repeat(np.arange(len(stores)), [sum(map(len, group)) for group in stores])
 
 
@@ -197,6 +205,11 @@ class BatchSource:
     def __len__(self) -> int:
         return 2**62
 
+    @property
+    def first_rows(self) -> np.ndarray:
+        """The rows of the first epoch; some stand there several times, or not at all, where a mixture says so."""
+        return self._plan(0).rows
+
     def blank(self) -> Batch:
         """A batch of the longest sequences, all padding."""
         return pad_batch([()] * math.prod(self.shape), (*self.shape, self.lengths[0]))
@@ -261,11 +274,9 @@ class BatchSource:
         start = epoch * part.per_epoch
         first, last = start // len(part.rows), (start + part.per_epoch - 1) // len(part.rows)
         passes = [part.rows] * (last - first + 1)
-        if self._shuffle:
-            passes = [
-                np.random.default_rng([self._seed, first + j, ROWS, i]).permutation(rows)
-                for j, rows in enumerate(passes)
-            ]
+        if self._shuffle:  # a pass that lies within the epoch is shuffled with it
+            for j in {0, last - first}:
+                passes[j] = np.random.default_rng([self._seed, first + j, ROWS, i]).permutation(part.rows)
         start -= first * len(part.rows)
         return np.concatenate(passes)[start : start + part.per_epoch]
 

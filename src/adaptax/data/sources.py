@@ -98,11 +98,9 @@ def content_digest(unit: str) -> str:
 def open_rows(unit: str, limit: int | None = None) -> Rows:
     """The rows of a unit by index, the first ``limit`` of them only.
 
-    JSONL, CSV and TSV stay where they are, with a number per row in memory; Parquet becomes an Arrow file in the cache
-    of ``datasets`` (``HF_DATASETS_CACHE``), and Arrow is mapped into memory. A JSON list is read as a whole.
-
-    Raises:
-      UserError: it cannot be read, holds no rows, or, of JSON, no good one among the first; it begins with the name.
+    JSONL, CSV and TSV stay where they are, with a number per row in memory. Parquet becomes an Arrow file in the cache
+    of ``datasets`` (``HF_DATASETS_CACHE``), Arrow is mapped into memory, and a JSON list is read as a whole. Raises a
+    UserError that begins with the name, where it cannot be read, holds no rows, or no good one among the first.
     """
     unit, kind = _resolve(unit)
     with _explain(unit, OSError):
@@ -351,7 +349,7 @@ def _load_list(path: str) -> list[Any]:
 
 def _load_tables(unit: str, kind: str, is_streamed: bool = False) -> Iterator[Any]:
     """The dataset behind a hub name, a folder, Parquet or Arrow; of streamed Parquet piece by piece."""
-    import datasets  # slow to import, and not needed for text
+    import datasets.config  # slow to import, and not needed for text
     import pyarrow.parquet
 
     datasets.disable_progress_bars()
@@ -375,8 +373,9 @@ def _load_tables(unit: str, kind: str, is_streamed: bool = False) -> Iterator[An
                 for batch in file.iter_batches(256) if is_streamed else []:
                     yield datasets.Dataset(pyarrow.Table.from_batches([batch]), fingerprint="-")
             if not is_streamed:
-                # Not load_dataset, which would tell the hub of every file that is read, and wait 5 s where it cannot.
-                yield datasets.Dataset.from_parquet(glob.escape(unit))
+                # Not load_dataset, which tells the hub of every file. A copy is known by its content, not by its date.
+                copies = f"{datasets.config.HF_DATASETS_CACHE}/{content_digest(unit)}"
+                yield datasets.Dataset.from_parquet(glob.escape(unit), cache_dir=copies)
         else:
             data = pyarrow.memory_map(unit).read_buffer()
             is_file = data[:6].to_pybytes() == b"ARROW1"  # the other form of Arrow is the stream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -62,13 +63,20 @@ class TokenStore:
     counts: Counts
 
     @classmethod
-    def of(cls, name: str, form: str, examples: Sequence[Example], counts: Counts) -> TokenStore:
-        """Examples that are in memory already."""
+    def of(
+        cls, name: str, form: str, examples: Sequence[Example], counts: Counts, rows: Sequence[int] | None = None
+    ) -> TokenStore:
+        """Examples that are in memory already; ``rows`` are their numbers in the file, else counted."""
         digests = [digest_of(example.tokens) for example in examples]
-        return cls(name, form, pack_examples(examples, range(1, len(examples) + 1), digests), counts)
+        return cls(name, form, pack_examples(examples, rows or range(1, len(examples) + 1), digests), counts)
 
     def __len__(self) -> int:
         return len(self.arrays["lengths"])
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """Where in the tokens each row begins, and the last one ends."""
+        return np.concatenate([[0], np.cumsum(self.arrays["lengths"], dtype=np.int64)])
 
 
 class StoreWriter:
@@ -111,7 +119,7 @@ def map_arrays(folder: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for name, dtype in FIELDS.items():
         path = folder / f"{name}.bin"
-        arrays[name] = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+        arrays[name] = np.memmap(path, dtype, mode="r").view(np.ndarray) if path.stat().st_size else np.zeros(0, dtype)
     return arrays
 
 
@@ -135,7 +143,7 @@ class Examples(Sequence[Example]):
     def __init__(self, stores: Sequence[TokenStore], index: np.ndarray | None = None):
         self.stores = stores
         self._starts = list(itertools.accumulate((len(store) for store in stores), initial=0))
-        self._offsets = [np.concatenate([[0], np.cumsum(store.arrays["lengths"], dtype=np.int64)]) for store in stores]
+        self._offsets = [store.offsets for store in stores]
         self._index = np.arange(self._starts[-1]) if index is None else index
         self.lengths = self._gather("lengths")
         self.supervised = self._gather("supervised")

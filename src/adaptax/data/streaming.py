@@ -94,9 +94,9 @@ class StreamSource:
     def _read_once(self, source: Source, is_first: bool) -> Iterator[dict[str, np.ndarray]]:
         total = Counts()
         is_empty = True
-        for example in stream_examples(source, self._config.data, self._tokenizer, total, is_told=is_first):
+        for streamed in stream_examples(source, self._config.data, self._tokenizer, total, is_told=is_first):
             is_empty = False
-            tokens, trained = example.tokens, example.is_trained
+            tokens, trained = streamed.example.tokens, streamed.example.is_trained
             yield {
                 "tokens": tokens,
                 "targets": np.append(tokens[1:], np.int32(0)),

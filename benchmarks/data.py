@@ -22,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
+import grain  # noqa: E402, F401  (importing it is not what is measured)
 import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ class Example:
     is_trained: np.ndarray  # [T] bool: the token is a target
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch of a rendered row: control tokens, then text."""
 
     control: tuple[int, ...]
@@ -39,8 +38,7 @@ class Piece:
     is_trained: bool
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """A turn of a conversation."""
 
     role: str  # as the template has it: user or model

@@ -95,7 +95,7 @@ class Encoder:
         counts.untrained += not parts
         ends = np.flatnonzero(example.tokens == END_OF_TURN)[1::2]  # those of the model: a conversation alternates
         within = num_tokens if self.config.overlong == "split" else limit
-        counts.terminators += int(example.is_trained[ends[ends < within]].sum())
+        counts.terminators += int(np.count_nonzero(example.is_trained[ends[ends < within]]))
         return parts
 
 

@@ -34,7 +34,7 @@ class Rows(Protocol):
 
     name: str  # as shown in messages: the path, or the name on the hub
     columns: list[str]  # of the first good rows
-    number: Callable[[int], int]  # what place() calls a row
+    number: Callable[[int], int]  # of a row in its file, counted from 1; of JSONL that of its line
 
     def __len__(self) -> int:
         """How many rows there are, bad ones included."""
@@ -42,10 +42,6 @@ class Rows(Protocol):
 
     def __getitem__(self, index: int) -> Row:
         """One row, or a UserError that says what is wrong with it, without its place."""
-        ...
-
-    def place(self, index: int) -> str:
-        """Where a row stands, counted from 1: ``chats.jsonl row 3``. Of JSONL it is the number of the line."""
         ...
 
 
@@ -226,7 +222,7 @@ def _first_columns(rows: Rows) -> list[str]:
     """Of the first 100 good rows; where the first 1000 are all bad it is no data, and the first of them says why."""
     tried = (_attempt(rows.__getitem__, index) for index in range(min(len(rows), 1000)))
     good = list(islice((row for row in tried if not isinstance(row, UserError)), 100))
-    _check(good, f"{rows.place(0)}: {_attempt(rows.__getitem__, 0)}")
+    _check(good, f"{f'{rows.name} row {rows.number(0)}'}: {_attempt(rows.__getitem__, 0)}")
     return list(dict.fromkeys(column for row in good for column in row))
 
 
@@ -305,7 +301,7 @@ class _Text:
         _check(b"\0" not in raw, "holds NUL bytes: was the file cut off while it was written?")
         try:
             if not self.delimiter:
-                return _as_object(json.loads(raw.decode(), object_pairs_hook=_unique))
+                return _as_object(_decode(raw.decode()))
             values, *others = self.split(raw.decode())
         except (ValueError, RecursionError, csv.Error) as error:  # also a number of 5000 digits, or 5000 nested lists
             kind = "UTF-8" if isinstance(error, UnicodeError) else "CSV" if self.delimiter else "JSON"
@@ -325,6 +321,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
+_decode = json.JSONDecoder(object_pairs_hook=_unique).decode  # made once: json.loads makes one for every row
+
+
 def _as_object(value: Any) -> Row:
     _check(isinstance(value, dict), f"not a JSON object but {type(value).__name__}")
     return value
@@ -335,7 +334,7 @@ def _load_list(path: str) -> list[Any]:
     fix = f"jq -c '.[]' {path} > rows.jsonl"
     _check(os.path.getsize(path) <= 1 << 30, f"{path} is over 1 GiB, too long for JSON in one piece: {fix}")
     try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8-sig"), object_pairs_hook=_unique)
+        value = _decode(Path(path).read_bytes().decode("utf-8-sig"))
     except (UserError, ValueError, RecursionError) as error:
         place = f" line {error.lineno} column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path}{place}: not valid JSON ({getattr(error, 'msg', error)})") from None

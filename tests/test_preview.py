@@ -84,6 +84,14 @@ def test_it_leaves_nothing_behind_and_needs_no_weights(run: Run, home: Path) -> 
     assert sorted(home.rglob("*")) == before
 
 
+def test_a_tokenizer_of_ones_own_needs_no_hub(run: Run, home: Path) -> None:
+    write_chats(home, chat("Hi", "Hello"))
+    tokenizer = "model.tokenizer=embedded:gemma3_tiny/tokenizer.model"
+    answer = run("preview", "model=gemma3_1b", tokenizer, *TINY[2:])
+    assert answer.code == 0, answer.err
+    assert "⟦Hello<end_of_turn>⟧" in answer.out
+
+
 def test_the_table(run: Run, home: Path) -> None:
     rows = [chat(f"question {i}", "answer " * (i + 1)) for i in range(20)]
     rows += [rows[0], rows[1], chat("q " * 300, "answer")]

@@ -50,7 +50,7 @@ def preview(config: Config, num_samples: int, page: Path | None, command: str) -
     """
     if page is not None:
         check_page(page)
-    directory = fetch_files(find_source(config.model), SMALL_FILES)
+    directory = _find_directory(config)
     arch = find_architecture(config.model, directory)
     tokenizer = open_tokenizer(config, directory, arch.vocab_size)
     is_stream = config.data.streaming
@@ -64,6 +64,13 @@ def preview(config: Config, num_samples: int, page: Path | None, command: str) -
         title = f"adaptax preview: {config.name}"
         write_page(page, title, command, report.facts, report.warnings, report.histogram, report.samples)
         print(f"written to {page}")
+
+
+def _find_directory(config: Config) -> Path | None:
+    """Where tokenizer and numbers of the model are; the hub is not asked where both are known without it."""
+    source = find_source(config.model)
+    is_known = config.model.tokenizer is not None and config.model.model_size != "auto"
+    return None if is_known and not Path(source).expanduser().is_dir() else fetch_files(source, SMALL_FILES)
 
 
 def build_report(config: Config, feed: Feed, tokenizer: Tokenizer, num_samples: int) -> Report:

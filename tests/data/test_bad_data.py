@@ -201,6 +201,27 @@ BAD_FILES: dict[str, tuple[Make, str, dict[str, Any], str, list[str]]] = {
         "rows.csv row 2",
         ["completion is empty"],
     ),
+    "missing beside one of nearly its name": (
+        write("chats.jsonl", GOOD),
+        "chat.jsonl",
+        {},
+        "data.train=chat.jsonl: no such file",
+        ["did you mean chats.jsonl?"],
+    ),
+    "CSV with semicolons": (
+        write("rows.csv", "prompt;completion\na;b\n"),
+        "rows.csv",
+        {},
+        "rows.csv",
+        ["single column 'prompt;completion'", "save it with commas"],
+    ),
+    "CSV with a space in its header": (
+        write("rows.csv", "prompt, completion\na,b\n"),
+        "rows.csv",
+        {},
+        "rows.csv",
+        ["' completion'", "take it out of the header"],
+    ),
     "no known columns": (
         write("rows.jsonl", '{"question": "a", "answer": "b"}'),
         "rows.jsonl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,15 @@ def check_sources(config: Config) -> None:
                     find_units(source.path)
                 except UserError as error:
                     problem = str(error).removeprefix(str(locate(source.path))).removeprefix(": ")
-                    raise UserError(f"data.{key}={source.path}: {problem}") from None
+                    raise UserError(f"data.{key}={source.path}: {problem}{_suggest(source.path)}") from None
+
+
+def _suggest(name: str) -> str:
+    """The file beside it that its name may have meant."""
+    path = locate(name)
+    beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() and not path.exists() else []
+    close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
+    return f"; did you mean {path.with_name(close[0])}?" if close else ""
 
 
 def _source(config: DataConfig, path: str, max_rows: int | None) -> Source:

@@ -132,6 +132,7 @@ def find_format(columns: Sequence[str], name: str, path: str, names: Mapping[str
         for candidate in mapped or FORMATS:
             if all(names.get(column, column) in columns for column in FORMATS[candidate].columns):
                 return candidate
+        _check_header(columns, path)
         needed = "; ".join(f"{n}: {', '.join(f.columns)}" for n, f in FORMATS.items())
         found = f"the columns {_listed(columns)}" if columns else "no columns"
         raise UserError(
@@ -144,6 +145,19 @@ def find_format(columns: Sequence[str], name: str, path: str, names: Mapping[str
             f"{path} has no column {', '.join(missing)}, which data.format={name} needs; it has {_listed(columns)}"
         )
     return name
+
+
+def _check_header(columns: Sequence[str], path: str) -> None:
+    """Refuses what is no list of names but looks like one."""
+    separator = next((sign for sign in ";\t|" if len(columns) == 1 and sign in columns[0]), None)
+    if separator:
+        raise UserError(
+            f"{path} has the single column {columns[0]!r}: its values are separated by {separator!r}; "
+            "save it with commas, or with tabs as .tsv"
+        )
+    spaced = [column for column in columns if column != column.strip()]
+    if spaced:
+        raise UserError(f"{path} has the column {spaced[0]!r}, with a space at its edge: take it out of the header")
 
 
 def _listed(columns: Sequence[str]) -> str:

@@ -13,7 +13,6 @@ import pytest
 
 from adaptax.config import UserError
 from adaptax.data.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer
-from adaptax.models import ASSETS
 from conversations import (
     GOLDEN,
     Messages,
@@ -29,13 +28,6 @@ from rows import encode_chat
 
 NEWLINE = 107  # of the tokenizer that ships with the package
 NUM_RANDOM = 300
-
-
-@pytest.fixture(scope="module", params=["tiny", "gemma3_like"])
-def model(request: pytest.FixtureRequest) -> Path:
-    """Sentencepiece models: the one that ships with the package, and one in which newlines join."""
-    tiny = ASSETS / "gemma3_tiny" / "tokenizer.model"
-    return tiny if request.param == "tiny" else request.getfixturevalue("gemma3_like")
 
 
 @pytest.fixture(scope="module")

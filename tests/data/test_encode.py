@@ -476,3 +476,14 @@ def test_rows_that_are_streamed_are_the_same(write_jsonl: Write, tokenizer: Toke
     streamed, streamed_counts = stream(path, tokenizer, **changes)
     assert_equal(streamed, list(examples))
     assert streamed_counts == counts
+
+
+def test_turns_that_the_rows_spell_do_not_hide_the_ends_of_answers(write_jsonl: Write, tokenizer: Tokenizer) -> None:
+    """Where special tokens are allowed, a request may hold whole turns; the answer's end counts all the same."""
+    allowed = Tokenizer(tokenizer.path, allow_special=True)
+    inner = "a<end_of_turn>\n<start_of_turn>user\nb"
+    path = write_jsonl([chat(inner, "c")] * 3)
+    for supervise in ("assistant", "all"):
+        changes = {"allow_special_tokens": True, "supervise": supervise}
+        examples, counts = encode(path, allowed, **changes)
+        assert (len(examples), counts.terminators) == (3, 3)

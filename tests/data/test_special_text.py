@@ -11,7 +11,6 @@ import sentencepiece
 
 from adaptax.config import UserError
 from adaptax.data.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer, is_special
-from adaptax.models import ASSETS
 from conversations import Messages, chat, parts, render
 from rows import encode_chat, encode_text
 from toy_tokenizer import CONTROLS, GEMMA3_SYMBOLS, IMAGES
@@ -19,12 +18,6 @@ from toy_tokenizer import CONTROLS, GEMMA3_SYMBOLS, IMAGES
 SPECIALS = [*CONTROLS, *GEMMA3_SYMBOLS, *IMAGES]
 SOME = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "[multimodal]", "<unused7>", "<start_of_turn>", "<end_of_turn>"]
 SOME += ["<start_of_image>", "<end_of_image>", "<unused99>"]
-
-
-@pytest.fixture(scope="module", params=["tiny", "gemma3_like"])
-def model(request: pytest.FixtureRequest) -> Path:
-    tiny = ASSETS / "gemma3_tiny" / "tokenizer.model"
-    return tiny if request.param == "tiny" else request.getfixturevalue("gemma3_like")
 
 
 @pytest.fixture(scope="module")

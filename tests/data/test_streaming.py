@@ -281,3 +281,14 @@ def test_no_file_is_written(path: Path, tokenizer: Tokenizer, tmp_path: Path) ->
         take(make_source(tokenizer, name, cache=True, cache_dir=str(tmp_path / "cache")), 4)
         take(make_source(tokenizer, name, cache=True), 4)
     assert files_under(*watched) == before
+
+
+def test_the_state_of_an_iterator_is_a_place_to_go_on_from(write_jsonl: Write, tokenizer: Tokenizer) -> None:
+    path = write_jsonl([chat(f"{i}", "b") for i in range(40)])
+    running, again = (make_source(tokenizer, path, shuffle=True).iterate(1, 6, 2) for _ in range(2))
+    for _ in range(2):
+        next(running)
+    again.set_state(running.get_state())  # type: ignore[attr-defined]
+    rest = list(running)
+    assert [hash_batch(batch) for batch in again] == [hash_batch(batch) for batch in rest]
+    assert len(rest) == 3

@@ -134,7 +134,7 @@ class TokenCache:
         try:
             with filelock.FileLock(self.folder / f"{folder.stem}.lock").acquire(timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
-        except filelock.Timeout:
+        except (filelock.Timeout, OSError):  # the latter: it is another user's
             return False
         return True
 

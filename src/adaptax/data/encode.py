@@ -23,7 +23,7 @@ from adaptax.data.filters import RowFilter
 from adaptax.data.formats import FORMATS, Fields, find_format
 from adaptax.data.sources import Row, Rows, content_digest, find_units, open_rows, stream_rows
 from adaptax.data.store import Arrays, Counts, StoreWriter, TokenStore, digest_of, pack_examples
-from adaptax.data.tokenizer import BOS, END_OF_TURN, Tokenizer, is_special
+from adaptax.data.tokenizer import BOS, END_OF_TURN, START_OF_TURN, Tokenizer, is_special
 
 log = logging.getLogger(__name__)
 CHUNK_ROWS = 256
@@ -45,7 +45,7 @@ class Encoder:
     is_taken: RowFilter
 
     def encode(self, rows: Iterable[tuple[int, Row | UserError]]) -> tuple[Arrays, Counts]:
-        """(arrays of a store, counts) of numbered rows; with ``data.on_bad_row=error`` it ends at the first bad one."""
+        """(arrays of a store, counts) of numbered rows; bad ones are counted and listed."""
         counts = Counts()
         rendered: list[tuple[int, list[Piece]]] = []
         bad: list[tuple[int, str]] = []
@@ -93,10 +93,18 @@ class Encoder:
             counts.truncated += how == "truncate"
         parts = [part for part in parts if part.is_trained[1:].any()]
         counts.untrained += not parts
-        ends = np.flatnonzero(example.tokens == END_OF_TURN)[1::2]  # those of the model: a conversation alternates
-        within = num_tokens if self.config.overlong == "split" else limit
-        counts.terminators += int(np.count_nonzero(example.is_trained[ends[ends < within]]))
+        if FORMATS[self.format].is_chat:
+            ends = _ends_of_model(example.tokens, self.tokenizer)
+            within = num_tokens if self.config.overlong == "split" else limit
+            counts.terminators += int(np.count_nonzero(example.is_trained[ends[ends < within]]))
         return parts
+
+
+def _ends_of_model(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Where the turns of the model end; every end has its start before it."""
+    starts, ends = np.flatnonzero(tokens == START_OF_TURN), np.flatnonzero(tokens == END_OF_TURN)
+    roles = tokens[starts[np.searchsorted(starts, ends) - 1] + 1]
+    return ends[roles == tokenizer.template_tokens("model\n")[0]]
 
 
 def _split(example: Example, limit: int) -> list[Example]:
@@ -132,7 +140,7 @@ def encode_source(source: Source, config: DataConfig, tokenizer: Tokenizer) -> l
 
 
 def _encode_unit(unit: str, limit: int | None, source: Source, config: DataConfig, tokenizer: Tokenizer) -> TokenStore:
-    is_taken = RowFilter(source.filter)
+    is_taken, stamp = RowFilter(source.filter), _stamp(unit)
 
     def build(writer: StoreWriter) -> tuple[str, Counts]:
         rows = open_rows(unit, limit)
@@ -144,7 +152,6 @@ def _encode_unit(unit: str, limit: int | None, source: Source, config: DataConfi
             raise UserError(f"{unit} changed while it was read: start again when it is written")
         return form, counts
 
-    stamp = _stamp(unit)
     if config.cache:
         parts = {
             "content": content_digest(unit),

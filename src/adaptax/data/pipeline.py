@@ -198,9 +198,7 @@ class BatchSource:
             lengths = self._buckets[: np.searchsorted(self._buckets, data.max_tokens) + 1]
         self.lengths = sorted({int(length) for length in lengths}, reverse=True)
         places = int(first.lengths @ np.diff(first.batches))
-        self.efficiency = (
-            int(data.examples.lengths[first.rows].sum(dtype=np.int64)) / places
-        )  # share that is no padding
+        self.efficiency = int(data.examples.lengths[first.rows].sum(dtype=np.int64)) / places
 
     def __len__(self) -> int:
         return 2**62

@@ -48,7 +48,7 @@ class StreamSource:
     def iterate(self, start: int, stop: int, prefetch: int, place: Place = lambda batch: batch) -> Iterator[Any]:
         """Batches start .. stop - 1, some prepared ahead, and put in their place (on the device), by a thread."""
         shuffle, seed = self._config.data.shuffle, self._config.training.seed
-        rows: Any = _Rows(self._read_all)
+        rows: Any = _Elements(self._read_all)
         if shuffle:
             rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=SHUFFLE_ROWS, seed=seed)
         packed = grain.experimental.BestFitPackIterDataset(
@@ -58,12 +58,9 @@ class StreamSource:
             seed=seed,
             shuffle_bins=shuffle,
         )
-        size = self._shape[0] * self._shape[1]
-        batches = packed.batch(size, drop_remainder=True)
-        iterator = iter(batches)
-        for _ in itertools.islice(iterator, start):
-            pass
-        ahead = _Rest(iterator, stop - start).map(lambda batch: place(self._shape_batch(batch)))
+        batches = packed.batch(self._shape[0] * self._shape[1], drop_remainder=True)
+        wanted = _Elements(lambda: itertools.islice(iter(batches), start, stop))
+        ahead = wanted.map(lambda batch: place(self._shape_batch(batch)))
         return iter(grain.experimental.ThreadPrefetchIterDataset(ahead, prefetch_buffer_size=prefetch))
 
     def _shape_batch(self, packed: dict[str, np.ndarray]) -> Batch:
@@ -113,32 +110,21 @@ class StreamSource:
             raise UserError(f"no <end_of_turn> of {source.path} is trained: raise data.max_length")
 
 
-class _Rows(grain.IterDataset):
-    """What a function yields; the place in it is not kept, as its reader starts anew."""
+class _Elements(grain.IterDataset):
+    """What a function yields; to go on at a place, it is called and read again up to there."""
 
     def __init__(self, read: Callable[[], Iterator[Any]]):
         super().__init__()
         self._read = read
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _Iterator(self._read())
-
-
-class _Rest(grain.IterDataset):
-    """The next so many elements of an iterator."""
-
-    def __init__(self, iterator: Iterator[Any], count: int):
-        super().__init__()
-        self._iterator, self._count = iterator, count
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _Iterator(itertools.islice(self._iterator, self._count))
+        return _Iterator(self._read)
 
 
 class _Iterator(grain.DatasetIterator):
-    def __init__(self, elements: Iterator[Any]):
+    def __init__(self, read: Callable[[], Iterator[Any]]):
         super().__init__()
-        self._elements, self._count = elements, 0
+        self._read, self._elements, self._count = read, read(), 0
 
     def __next__(self) -> Any:
         element = next(self._elements)
@@ -149,4 +135,5 @@ class _Iterator(grain.DatasetIterator):
         return {"count": self._count}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError("a stream is read again from its start")
+        self._count = state["count"]
+        self._elements = itertools.islice(self._read(), self._count, None)

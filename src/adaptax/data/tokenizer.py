@@ -124,7 +124,7 @@ class Tokenizer:
 
     def show(self, tokens: list[int]) -> str:
         """Text of tokens, special ones spelled out; a text that spells one itself has a backslash before it."""
-        specials = [i for i, token in enumerate(tokens) if is_special(self._model.id_to_piece(token))]
+        specials = {i for i, token in enumerate(tokens) if is_special(self._model.id_to_piece(token))}
         edges = sorted({0, len(tokens), *specials, *(i + 1 for i in specials)})
         parts = []
         for start, stop in itertools.pairwise(edges):

@@ -7,6 +7,7 @@ The only module that knows Hydra and OmegaConf. jax is imported after the config
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -15,9 +16,9 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 import yaml
@@ -25,17 +26,22 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from adaptax.config import Config, UserError, build, check_divisible, key_paths, one_of, unknown_key
+from adaptax.config import Config, UserError, build, check_divisible, check_training, key_paths, one_of, unknown_key
+from adaptax.manifest import list_checkpoints, step_of
 from adaptax.models import find_architecture, find_family, match_modules
+from adaptax.resume import Start, bring_config, find_start, how_to_resume, join_start, share_start
+from adaptax.run_folder import RunFolder, write_text
+from adaptax.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
-COMMANDS = ("train", "preview")
+COMMANDS = ("train", "preview")  # that Hydra composes a configuration for
 NO_FOLDER = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=console"]  # no log file either
 GROUPS = ("model", "data", "optimizer", "schedule", "training", "checkpoint", "logging", "experiment")
 _SECRET = re.compile(r"\bhf_\w{16,}|(?i:(?:^|[._])(?:\w+_)?(?:token|secret|password|api_?key)=)")
@@ -68,7 +74,8 @@ def main() -> None:
     teach_hydra()
     try:
         job = _preview_job() if command == "preview" else _train
-        sys.argv[1:] = check_arguments(sys.argv[1:]) + (NO_FOLDER if command == "preview" else [])
+        arguments = check_arguments(sys.argv[1:])
+        sys.argv[1:] = arguments + (NO_FOLDER if command == "preview" else find_run_folder(arguments))
         hydra.main(version_base="1.3", config_path=find_conf(), config_name="config")(job)()
     except UserError as error:
         _fail(str(error))
@@ -90,6 +97,12 @@ def main() -> None:
         if any(frame.f_code is job.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise  # the run's own fault: the traceback is wanted
         _fail(_one_line(error))
+    except OSError as error:
+        if any(frame.f_code is job.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            raise
+        _fail(f"{error.filename}: {error.strerror}; choose another hydra.run.dir")
+    except Interrupted as interrupted:
+        sys.exit(128 + interrupted.number)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -98,20 +111,17 @@ def main() -> None:
 def _train(cfg: DictConfig) -> float:
     """One job: the configuration as dataclasses, checked without jax, then the run."""
     try:
-        config = read_config(cfg)
-        directory = Path(HydraConfig.get().runtime.output_dir)
-        if (directory / "metrics.jsonl").exists():  # before anything of it is overwritten
-            raise UserError(f"{directory} holds an earlier run; choose another hydra.run.dir")
-        OmegaConf.save(OmegaConf.create(dataclasses.asdict(config)), directory / "config.yaml")
-
-        from adaptax import mesh
-
-        mesh.start_processes()
-        device_mesh = mesh.build_mesh(config.model.mesh_shape)
-
-        from adaptax import train
-
-        return train.run(config, device_mesh, directory)
+        config = read_config(bring_config(_plain(cfg), _given_keys()))
+        folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
+        with StopSignals(config.checkpoint.grace_seconds) as stop, contextlib.ExitStack() as stack:
+            try:
+                return _start(config, folder, stop, stack)
+            except Interrupted as interrupted:
+                is_saved = bool(list_checkpoints(folder.checkpoints))
+                hint = f"saved; {how_to_resume(folder)}" if is_saved else "nothing was saved yet"
+                log.warning("stopped by %s: %s", interrupted, hint)
+                stop.call_previous(interrupted.number)
+                raise
     except Exception as error:
         is_ours = isinstance(error, (UserError, OmegaConfBaseException))
         message = str(error) if isinstance(error, UserError) else _one_line(error)
@@ -126,6 +136,54 @@ def _train(cfg: DictConfig) -> float:
     _record(message)
     print(f"error in job {HydraConfig.get().job.num}: {message}", file=sys.stderr)
     raise UserError(message)
+
+
+def _start(config: Config, folder: RunFolder, stop: StopSignals, stack: contextlib.ExitStack) -> float:
+    """Finds out where the run begins, in process 0 and without jax, and runs it from there."""
+    is_first, start = _process_number() == 0, Start(config)
+    if is_first:  # before anything of it is overwritten
+        stack.enter_context(folder.lock())
+        start = find_start(config, folder)
+
+    if not (start.summary and _is_alone()):
+        from adaptax import mesh
+
+        mesh.start_processes()
+        start, folder = _share_start(start, folder)
+    if start.summary:
+        log.info(
+            "%s is finished: %s steps, final loss %.4f; more training.num_epochs or num_batches go on from there",
+            folder.path,
+            start.summary["step"],
+            start.summary["final_loss"],
+        )
+        return float(start.summary["final_loss"])
+    if is_first:
+        folder.summary.unlink(missing_ok=True)
+        write_text(folder.config, OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(start.config))))
+    device_mesh = mesh.build_mesh(start.config.model.mesh_shape)
+
+    from adaptax import train
+
+    return train.run(start, device_mesh, folder, stop)
+
+
+def _share_start(start: Start, folder: RunFolder) -> tuple[Start, RunFolder]:
+    """Where the run begins and writes, as process 0 says; the others' own folders go."""
+    from adaptax import mesh
+
+    shared = mesh.share_text(share_start(start, folder))
+    if _process_number() == 0:
+        return start, folder
+    start, common = join_start(start.config, shared)
+    if common.path != folder.path.absolute():
+        for handler in [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+            Path(handler.baseFilename).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.path.rmdir()
+    return start, common
 
 
 def _preview_job() -> Callable[[DictConfig], None]:
@@ -149,20 +207,43 @@ def _preview_job() -> Callable[[DictConfig], None]:
         from adaptax import preview
 
         try:
-            preview.preview(read_config(cfg), preview.check_samples(options.rows), options.html, command)
+            preview.preview(read_config(_plain(cfg)), preview.check_samples(options.rows), options.html, command)
         except UserError as error:
             _fail(str(error))
 
     return job
 
 
-def read_config(cfg: DictConfig) -> Config:
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def _given_keys() -> list[str]:
+    """The keys and groups that were given on the command line; all groups, where an experiment was."""
+    overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    keys = [".".join(str(override.key_or_group).split(".")[:2]) for override in overrides]
+    return [name for name in key_paths() if "." not in name] if "experiment" in keys else keys
+
+
+def _process_number() -> int:
+    """The number of this process among those of the run; 0 where it is alone."""
+    is_step = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    number = os.environ.get("JAX_PROCESS_ID") or (os.environ.get("SLURM_PROCID") if is_step else None)
+    return int(number) if number and number.isdecimal() else 0
+
+
+def _is_alone() -> bool:
+    return "JAX_COORDINATOR_ADDRESS" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) <= 1
+
+
+def read_config(values: Mapping[str, Any]) -> Config:
     """The configuration as dataclasses, checked as far as that goes without jax.
 
     Raises:
       UserError: naming what is wrong in it.
     """
-    config = build(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
+    config = build(values)
+    check_training(config)
     check_model(config)
     check_data(config)
     return config
@@ -205,6 +286,25 @@ def check_arguments(arguments: list[str]) -> list[str]:
             raise UserError(f"{key}={override.get_value_string()}: it must name a file of conf/{key}")
     others = [a for a in arguments if a not in flags.overrides]
     return [*(f"++{a.lstrip('+')}" if _MAPPED.match(a.lstrip("+")) else a for a in flags.overrides), *others]
+
+
+def find_run_folder(arguments: list[str]) -> list[str]:
+    """The override that lets a run go on in the folder that ``checkpoint.resume`` names, unless one was chosen."""
+    flags = get_args_parser().parse_intermixed_args(arguments)
+    given = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(flags.overrides)}
+    resume = given.get("checkpoint.resume")
+    if (
+        flags.multirun
+        or resume is None
+        or "hydra.run.dir" in given
+        or not isinstance(resume.value(), (str, QuotedString))
+    ):
+        return []
+    path = Path(str(getattr(resume.value(), "text", resume.value())))
+    if not path.is_dir() or step_of(path) is not None:
+        return []
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return [f"hydra.run.dir='{text}'"]
 
 
 def _missing_choice(error: MissingConfigException) -> str:

@@ -144,6 +144,15 @@ class TrainingConfig:
         "Held-out rows answered before and after training and scored by exact match; 0 for none.", minimum=0
     )
     max_nonfinite: int = knob("Stop after so many steps in a row with a non-finite loss or gradient.", minimum=1)
+    early_stopping_patience: Optional[int] = knob(
+        "Stop after so many evaluations in a row without a better evaluation loss; null never stops early.", minimum=1
+    )
+    early_stopping_min_delta: float = knob(
+        "How much lower an evaluation loss must be to count as better for early stopping, in nats.", minimum=0
+    )
+    stop_after_steps: Optional[int] = knob(
+        "Save and stop after so many steps of this start, to be resumed later; null goes on to the end.", minimum=1
+    )
     seed: int = knob(
         "Seed of adapters, shuffling and dropout; the held-out rows do not depend on it.", minimum=0, maximum=2**32 - 1
     )
@@ -151,10 +160,19 @@ class TrainingConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Adapters written while training goes on (``conf/checkpoint``)."""
+    """What is saved of a run while it goes on, and how it is resumed (``conf/checkpoint``)."""
 
-    every_steps: Optional[int] = knob("Write the adapter every so many steps; null only at the end.", minimum=1)
-    keep: int = knob("How many of these adapters are kept; older ones are deleted.", minimum=1)
+    every_steps: Optional[int] = knob("Save every so many steps; null: by time alone.", minimum=1)
+    every_minutes: Optional[float] = knob("Save every so many minutes; null: by steps alone.", above=0)
+    keep: int = knob("How many of the latest checkpoints are kept, beside the best one.", minimum=1)
+    resume: str = knob(
+        "``auto`` goes on from the newest good checkpoint in the run's own folder, if there is one; ``never`` refuses "
+        "such a folder; else a run's folder, which then goes on with its own configuration, or one of its "
+        "``checkpoints/step_N``."
+    )
+    grace_seconds: float = knob(
+        "How long after a signal (SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2) the run may take to save and end.", above=0
+    )
 
 
 @dataclass
@@ -179,7 +197,7 @@ class Config:
     optimizer: OptimizerConfig = knob("The optimizer.")
     schedule: ScheduleConfig = knob("The learning-rate schedule.")
     training: TrainingConfig = knob("Batches and epochs.")
-    checkpoint: CheckpointConfig = knob("Adapters kept along the way.")
+    checkpoint: CheckpointConfig = knob("What is saved along the way, and how a run is resumed.")
     logging: LoggingConfig = knob("What is shown.")
 
 
@@ -201,6 +219,16 @@ def build(values: Mapping[str, Any]) -> Config:
     if problems:
         raise UserError("; ".join(problems))
     return config
+
+
+def check_training(config: Config) -> None:
+    """Refuses keys that do not go together.
+
+    Raises:
+      UserError: early stopping without evaluations to stop at.
+    """
+    if config.training.early_stopping_patience and not config.training.eval_every_steps:
+        raise UserError("training.early_stopping_patience needs evaluations to stop at: set training.eval_every_steps")
 
 
 def _build(cls: type[T], values: Mapping[str, Any], prefix: str, problems: list[str]) -> T:

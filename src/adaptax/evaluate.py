@@ -26,12 +26,24 @@ NUM_SHOWN, MAX_SHOWN_TOKENS = 4, 256
 
 
 def evaluate_loss(
-    eval_step: EvalStep, base: Arrays, batches: BatchSource | None, mesh: Mesh, adapters: Arrays
+    eval_step: EvalStep,
+    base: Arrays,
+    batches: BatchSource | None,
+    mesh: Mesh,
+    adapters: Arrays,
+    check: Callable[[], None] = lambda: None,
 ) -> float | None:
-    """Mean negative log likelihood per trained token over all held-out rows, in nats; None where there are none."""
+    """Mean negative log likelihood per trained token over all held-out rows, in nats; None where there are none.
+
+    ``check`` is called while each batch runs, and may raise.
+    """
     if batches is None:
         return None
-    sums = [eval_step(adapters, base, shard_batch(batches[k], mesh)) for k in range(batches.steps_per_epoch)]
+    sums = []
+    for k in range(batches.steps_per_epoch):
+        sums.append(eval_step(adapters, base, shard_batch(batches[k], mesh)))
+        check()
+        jax.block_until_ready(sums[:-1][-1:])  # one ahead, and no more
     losses, counts = zip(*jax.device_get(sums), strict=True)
     return float(sum(map(float, losses)) / sum(map(int, counts)))
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaptax.config import MESH_AXES, UserError, mesh_sizes
@@ -63,6 +65,41 @@ def partition(axes: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+class Votes:
+    """Agreement between processes on what to do after a step, without waiting for each other.
+
+    Alone, a process gets its own vote back. Several get the highest vote of the step before, which is computed on the
+    devices behind that step, so that all of them read the same at the same step.
+    """
+
+    def __init__(self) -> None:
+        everything = Mesh(np.array(jax.devices()), ("all",))
+        self._sharding = NamedSharding(everything, PartitionSpec("all"))
+        self._highest = jax.jit(jnp.max, out_shardings=replicated(everything))
+        self._before: jax.Array | None = None
+
+    def cast(self, vote: int) -> int:
+        """Gives a vote after a step, and returns what is agreed on."""
+        if jax.process_count() == 1:
+            return vote
+        num_devices = jax.device_count()
+        shape, mine = (num_devices,), np.full(num_devices, vote, np.int32)
+        votes = jax.make_array_from_callback(shape, self._sharding, mine.__getitem__)
+        agreed, self._before = self._before, self._highest(votes)
+        return 0 if agreed is None else int(agreed)
+
+
+def share_text(text: str) -> str:
+    """The text of process 0, in every process."""
+    if jax.process_count() == 1:
+        return text
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text.encode()))))
+    buffer = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        buffer[:] = np.frombuffer(text.encode(), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))).decode()
 
 
 def batch_part(mesh: Mesh) -> tuple[int, int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +18,44 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from adaptax.config import LoggingConfig
+from adaptax.run_folder import write_text
 
 log = logging.getLogger(__name__)
-LOG_SCALE_RATIO = 20
+METRICS, LOG_SCALE_RATIO = "metrics.jsonl", 20
 
 
 class MetricsLog:
     """Appends rows to ``metrics.jsonl`` and, if asked for, to TensorBoard; draws ``loss.png`` at the end.
 
-    Close it on every path; without a directory it writes nothing (the other processes of a run).
+    Close it on every path; without a directory it writes nothing (the other processes of a run). A disk that is full
+    does not end a run: what could not be written is tried again with the next row.
+
+    Args:
+      directory: of the run.
+      config: what to write and draw.
+      earlier: rows from before a resume, which stay.
     """
 
-    def __init__(self, directory: Path | None, config: LoggingConfig):
+    def __init__(self, directory: Path | None, config: LoggingConfig, earlier: Sequence[Mapping[str, Any]] = ()):
         self._directory, self._config = directory, config
-        self._rows: list[dict[str, Any]] = []
-        self._file = (directory / "metrics.jsonl").open("x", encoding="utf-8") if directory else None
+        self._rows: list[Mapping[str, Any]] = list(earlier)
+        self._file, self._unwritten, self._is_told = None, b"", False
         self._events = None
+        if directory:
+            write_text(directory / METRICS, "".join(json.dumps(row) + "\n" for row in self._rows))
+            self._file = (directory / METRICS).open("ab", buffering=0)
         if directory and config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(directory / "tensorboard"))
+            self._events = SummaryWriter(
+                str(directory / "tensorboard"), purge_step=earlier[-1]["step"] + 1 if earlier else None
+            )
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """One row: the step and its values; a value that is not finite is written as null."""
         row = {"step": step} | {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
         self._rows.append(row)
-        if self._file:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+        self._append((json.dumps(row) + "\n").encode())
         if self._events:
             for name, value in row.items():
                 if name != "step" and value is not None:
@@ -50,15 +63,54 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flushes everything and draws the picture."""
+        self._append(b"")
         if self._file:
             self._file.close()
-        if self._events:
-            self._events.close()
-        if self._directory and self._config.plot:
-            draw_losses(self._rows, self._directory / "loss.png")
+        try:
+            if self._events:
+                self._events.close()
+            if self._directory and self._config.plot:
+                draw_losses(self._rows, self._directory / "loss.png")
+        except OSError as error:
+            log.warning("%s: the pictures of the losses are not written: %s", self._directory, error.strerror)
+
+    def _append(self, line: bytes) -> None:
+        """Writes what is due, and takes half a line back."""
+        if self._file is None:
+            return
+        self._unwritten += line
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(self._unwritten) != len(self._unwritten):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._unwritten, self._is_told = b"", False
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)
+            if not self._is_told:
+                log.warning("%s: %s; its rows wait until they can be written", self._file.name, error.strerror)
+            self._is_told = True
 
 
-def draw_losses(rows: list[dict[str, Any]], path: Path) -> None:
+def read_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl`` up to a step, but for what is written when a run has ended.
+
+    A line that was cut short, or is none of ours, is left out.
+    """
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            if row["step"] <= last_step and "eval_exact_match" not in row:
+                rows.append(row)
+    return rows
+
+
+def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Training and evaluation loss over the steps, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,0 +1,96 @@
+"""The folder of a run: what lies where in it, and who may write to it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from adaptax.config import UserError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of what a run writes."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration, every key."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """A line per step and per evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """All that is needed to go on: ``step_N`` each."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter; only there when the run has come to its end."""
+        return self.path / "adapter"
+
+    @property
+    def adapters(self) -> Path:
+        """``best`` and ``last``: the adapters of these checkpoints in PEFT's format."""
+        return self.path / "adapters"
+
+    @property
+    def nonfinite(self) -> Path:
+        """Batches whose loss or gradient was not finite."""
+        return self.path / "nonfinite"
+
+    @property
+    def summary(self) -> Path:
+        """How the run ended; only there when it has."""
+        return self.path / "summary.json"
+
+    def is_used(self) -> bool:
+        """Whether a run has begun here."""
+        return self.metrics.exists() or self.checkpoints.exists()
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """How the run ended, or None where it has not."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return summary if isinstance(summary, dict) else None
+
+    def lock(self) -> contextlib.AbstractContextManager[Any]:
+        """Held while a run writes here; the system lets go of it when the process ends, however that is.
+
+        Raises:
+          UserError: another process holds it.
+        """
+        lock = filelock.FileLock(self.path / "run.lock", mode=0o644)
+        try:
+            return lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(
+                f"another run is at work in {self.path}: wait for it, or choose another hydra.run.dir"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written to: {error.strerror}; choose another hydra.run.dir"
+            ) from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, and to the disk."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from adaptax.manifest import Damaged, Manifest, list_checkpoints, read_checkpoin
 from adaptax.run_folder import RunFolder
 
 MIB = 2**20
+NUMBERS = ("MiB", "training loss", "evaluation loss")
 
 
 def show_checkpoints(path: Path) -> bool:
@@ -30,7 +32,7 @@ def show_checkpoints(path: Path) -> bool:
         )
     table = Table(title=Text(str(path)))
     for column in ("checkpoint", "saved (UTC)", "MiB", "training loss", "evaluation loss", "state"):
-        table.add_column(column, justify="right" if column in ("MiB", "training loss", "evaluation loss") else "left")
+        table.add_column(column, justify="right" if column in NUMBERS else "left", no_wrap=column != "state")
     states: list[Manifest | Damaged] = []
     for checkpoint in paths:
         try:
@@ -49,7 +51,8 @@ def show_checkpoints(path: Path) -> bool:
         eval_loss = progress["eval_loss"] if progress["eval_step"] == state.step else None
         losses = (_show(progress["train_loss"]), _show(eval_loss))
         table.add_row(checkpoint.name, state.saved_at.removesuffix("+00:00"), size, *losses, ", ".join(marks))
-    Console(soft_wrap=True).print(table)
+    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console.print(table)
     return len(good) == len(paths)
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaptax.config import MESH_AXES, UserError, mesh_sizes
 
+HEARTBEAT_SECONDS = 30  # until the others notice that a process is gone
 # Axis letter -> mesh axis. Letters that are absent are never split; keys and values only where K divides.
 PARTITION_RULES: dict[str, str] = {"B": "fsdp", "D": "fsdp", "V": "tp", "N": "tp", "F": "tp", "K": "tp"}
 
@@ -27,9 +28,10 @@ def start_processes() -> None:
         count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
         if not (count or "").isdecimal() or not (index or "").isdecimal():
             raise UserError("JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers too")
-        jax.distributed.initialize(address, int(count or 0), int(index or 0))
+        of, number = int(count or 0), int(index or 0)
+        jax.distributed.initialize(address, of, number, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     elif "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
 def build_mesh(mesh_shape: Any) -> Mesh:

@@ -71,6 +71,11 @@ class StopSignals:
         self._thread.join()
         receiver.close()
 
+    def renew(self) -> None:
+        """Takes the signals again, after a library has taken them (jax's coordination of processes takes SIGTERM)."""
+        for number in self._previous:
+            signal.signal(number, self._handle)
+
     def hold(self) -> None:
         """From here on there is something to save."""
         self.raise_requested()

@@ -24,7 +24,7 @@ from adaptax.evaluate import Answers, build_answer, evaluate_loss
 from adaptax.export import save_peft_adapter
 from adaptax.lora import Arrays
 from adaptax.manifest import Damaged, Manifest
-from adaptax.mesh import Votes, shard_batch
+from adaptax.mesh import Votes, shard_batch, share_text
 from adaptax.metrics import read_rows
 from adaptax.prepare import Job, Prepared, identify_base, identify_inputs, is_main, load_base, prepare
 from adaptax.progress import Progress
@@ -133,8 +133,9 @@ def train_loop(
                     break
                 recorder.restart_clock()
     saver.wait()
-    if saver.failure:
-        raise UserError(saver.failure)
+    failure = share_text(saver.failure or "")  # of process 0, which writes: all of them end
+    if failure:
+        raise UserError(failure)
     if recorder.lost:
         raise UserError(recorder.lost)
     if number:

@@ -118,17 +118,7 @@ class StoredTensor:
 
 def _list_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Tensor name -> where it lies, from one or many safetensors files."""
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is not a valid index: it has no weight_map") from None
-        if any(Path(name).name != name for name in names):
-            raise UserError(f"{index}: file names must not leave the directory")
-        paths = [directory / name for name in names]
-    else:
-        paths = sorted(directory.glob("*.safetensors"))
+    paths = _list_files(directory)
     if not paths:
         raise UserError(f"{directory} holds no *.safetensors file")
     tensors = {}
@@ -136,11 +126,30 @@ def _list_tensors(directory: Path) -> dict[str, StoredTensor]:
         try:
             with safe_open(path, "numpy") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name in tensors:
+                        raise UserError(f"{name:.200} is in {tensors[name].path} and in {path}: take one of them away")
                     view = file.get_slice(name)
                     tensors[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
     return tensors
+
+
+def _list_files(directory: Path) -> list[Path]:
+    """The safetensors files: those that the index names, or else all."""
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(directory.glob("*.safetensors"))
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+        raise UserError(f"{index} is not a valid index: it has no weight_map") from None
+    for name in names:
+        if isinstance(name, str) and Path(name).name != name:
+            raise UserError(f"{index}: {name!r:.80}: file names must not leave the directory")
+        if not isinstance(name, str) or not name.endswith(".safetensors") or not name.isprintable():
+            raise UserError(f"{index} is not a valid index: {name!r:.80} is not the name of a safetensors file")
+    return [directory / name for name in sorted(names)]
 
 
 def _check_tensors(directory: Path, files: Mapping[str, StoredTensor], arch: Architecture, family: ModuleType) -> str:
@@ -152,8 +161,8 @@ def _check_tensors(directory: Path, files: Mapping[str, StoredTensor], arch: Arc
     tied = {name for name in files if name.endswith("lm_head.weight")}  # a second copy of the embedding, if written
     unexpected = [n for n in files if n not in expected and n not in tied and not family.is_left_out(n)]
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in files]
-    problems += [f"unexpected {name} {list(files[name].shape)}" for name in sorted(unexpected)]
-    for name, shape in expected.items():
+    problems += [f"unexpected {name:.200} {list(files[name].shape)}" for name in sorted(unexpected)]
+    for name, shape in (expected | {name: files[name].shape for name in tied}).items():
         if name in files and files[name].shape != shape:
             problems.append(f"{name} is {list(files[name].shape)}, not {list(shape)}")
         elif name in files and files[name].dtype not in DTYPES:

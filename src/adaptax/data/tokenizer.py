@@ -42,7 +42,8 @@ class Tokenizer:
             raise UserError(f"{path} is {what}: set model.tokenizer=FILE to Gemma 3's tokenizer.model")
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError):
+            self._model.id_to_piece(list(range(self._model.get_piece_size())))  # each piece is text, or else ValueError
+        except (RuntimeError, OSError, ValueError):
             raise UserError(
                 f"{path} is not a sentencepiece model: model.tokenizer needs Gemma 3's tokenizer.model"
             ) from None

@@ -74,7 +74,7 @@ def find_architecture(config: ModelConfig, directory: Path | None = None) -> Arc
         found = checkpoint.read_architecture(json.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: model.weights must be a Hugging Face checkpoint directory") from None
-    except (ValueError, AttributeError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not a valid config.json: {error}") from None
     if config.model_size != "auto":
         _check_size(checkpoint.SIZES[config.model_size], found, config.model_size, path)

@@ -144,8 +144,19 @@ def _product(axes: str, sizes: Mapping[str, int]) -> int:
     return product
 
 
-_NUMBERS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-_NUMBERS += ("head_dim", "vocab_size", "query_pre_attn_scalar", "rms_norm_eps", "sliding_window")
+# The largest values taken, far above any Gemma 3: what a file claims is laid out before its weights are seen.
+_LARGEST: dict[str, int | float] = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 100_000,
+    "intermediate_size": 1_000_000,
+    "num_attention_heads": 1000,
+    "num_key_value_heads": 1000,
+    "head_dim": 10_000,
+    "vocab_size": 10_000_000,
+    "sliding_window": 10**9,
+    "query_pre_attn_scalar": 1e6,
+    "rms_norm_eps": 1.0,
+}
 
 
 def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
@@ -156,16 +167,17 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
     """
     model_type = config.get("model_type")
     if model_type not in ("gemma3", "gemma3_text"):
-        raise UserError(f"{source}: model_type is {model_type!r}, not gemma3 or gemma3_text")
+        raise UserError(f"{source}: model_type is {model_type!r:.80}, not gemma3 or gemma3_text")
     text = config.get("text_config", {}) if model_type == "gemma3" else config
+    if not isinstance(text, Mapping):
+        raise UserError(f"{source}: text_config must hold the numbers of the text model, not {text!r:.80}")
     _refuse_unsupported(text, source)
-    for key in _NUMBERS:
-        value = text.get(key)
-        if key in text and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-            raise UserError(f"{source}: {key} must be a number above 0, not {value!r}")
+    for key, largest in _LARGEST.items():
+        if key in text:
+            _check_number(text[key], key, source, largest)
     num_layers = text.get("num_hidden_layers", 26)
     theta_local, theta_global, factor = _read_rope(text, source)
-    return Architecture(
+    arch = Architecture(
         num_layers=num_layers,
         embed_dim=text.get("hidden_size", 2304),
         mlp_dim=text.get("intermediate_size", 9216),
@@ -182,6 +194,22 @@ def read_architecture(config: Mapping[str, Any], source: str) -> Architecture:
         norm_eps=text.get("rms_norm_eps", 1e-6),
         is_multimodal=model_type == "gemma3",
     )
+    if arch.num_heads % arch.num_kv_heads:
+        heads = f"num_attention_heads={arch.num_heads} must be a multiple of num_key_value_heads={arch.num_kv_heads}"
+        raise UserError(f"{source}: {heads}")
+    if arch.head_dim % 2:
+        raise UserError(f"{source}: head_dim={arch.head_dim} must be even")
+    return arch
+
+
+def _check_number(value: Any, key: str, source: str, largest: int | float) -> Any:
+    """The value, if it is above 0 (NaN is not), not above the largest, and whole where that is."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise UserError(f"{source}: {key} must be a number above 0, not {value!r:.80}")
+    if value > largest or not isinstance(value, type(largest) | int):
+        kind = "whole number" if isinstance(largest, int) else "number"
+        raise UserError(f"{source}: {key} must be a {kind} up to {largest:,}, not {value!r:.80}")
+    return value
 
 
 def _refuse_unsupported(text: Mapping[str, Any], source: str) -> None:
@@ -195,13 +223,14 @@ def _refuse_unsupported(text: Mapping[str, Any], source: str) -> None:
     }
     for key, values in wanted.items():
         if text.get(key) not in values:
-            raise UserError(f"{source}: {key}={text[key]} is not supported (Gemma 3 has {values[-1]})")
+            raise UserError(f"{source}: {key}={text[key]!s:.80} is not supported (Gemma 3 has {values[-1]})")
 
 
 def _read_global_layers(text: Mapping[str, Any], num_layers: int, source: str) -> tuple[bool, ...]:
     types = text.get("layer_types")
     if types is None:
-        return _every(text.get("sliding_window_pattern", text.get("_sliding_window_pattern", 6)), num_layers)
+        period = text.get("sliding_window_pattern", text.get("_sliding_window_pattern", 6))
+        return _every(_check_number(period, "sliding_window_pattern", source, 1000), num_layers)
     if len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
         raise UserError(f"{source}: layer_types must be {num_layers} of full_attention or sliding_attention")
     return tuple(kind == "full_attention" for kind in types)
@@ -216,11 +245,13 @@ def _read_rope(text: Mapping[str, Any], source: str) -> tuple[float, float, floa
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in allowed:
             raise UserError(
-                f"{source}: rope_type {kind!r} on {name} layers is not supported (Gemma 3 has {allowed[-1]})"
+                f"{source}: rope_type {kind!r:.80} on {name} layers is not supported (Gemma 3 has {allowed[-1]})"
             )
     theta_local = local.get("rope_theta", text.get("rope_local_base_freq", 10_000.0))
     theta_global = full.get("rope_theta", text.get("rope_theta", 1_000_000.0))
-    return float(theta_local), float(theta_global), float(full.get("factor") or 1.0)
+    values = {"local rope_theta": theta_local, "global rope_theta": theta_global, "factor": full.get("factor") or 1.0}
+    checked = [float(_check_number(value, key, source, 1e12)) for key, value in values.items()]
+    return checked[0], checked[1], checked[2]
 
 
 def parameter_axes(arch: Architecture) -> dict[str, str]:

@@ -157,6 +157,11 @@ def restore(path: Path, manifest: Manifest, like: TrainState) -> TrainState:
     Raises:
       Damaged: an array is not what it was when it was saved.
     """
+    names = {jax.tree_util.keystr(place) for place, _ in jax.tree_util.tree_leaves_with_path(as_tree(like))}
+    if names != manifest.digests.keys():
+        raise Damaged(
+            f"it holds other arrays than this version of adaptax, such as {min(names ^ manifest.digests.keys())}"
+        )
     try:
         tree = ocp.load_checkpointables(str(path.absolute() / ARRAYS), {"state": describe(as_tree(like))})["state"]
     except Exception as error:  # Orbax and tensorstore raise many kinds

@@ -67,9 +67,9 @@ def build_optimizer(
     """The update rule behind clipping by global norm, and its learning rate by step."""
     schedule = build_schedule(schedule_config, config.learning_rate, num_steps)
     rule = OPTIMIZERS[config.name](config, schedule)
-    if config.max_grad_norm is None:
-        return rule, schedule
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), rule), schedule
+    limit = config.max_grad_norm
+    clip = optax.identity() if limit is None else optax.clip_by_global_norm(limit)
+    return optax.chain(clip, rule), schedule  # the same state with and without clipping
 
 
 def per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:

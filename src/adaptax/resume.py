@@ -36,6 +36,15 @@ FREE_KEYS = (
     "training.num_epochs",
     "training.stop_after_steps",
 )
+# May change where another folder begins from a checkpoint: how it is trained on, not what.
+FORK_KEYS = (
+    "optimizer.learning_rate",
+    "optimizer.max_grad_norm",
+    "optimizer.weight_decay",
+    "schedule.final_fraction",
+    "schedule.name",
+    "schedule.warmup_steps",
+)
 # Compared by content, once it has been read: files may have moved. Rows that are streamed are not read before.
 NAMED_KEYS = ("data.train", "data.eval", "model.weights", "model.tokenizer")
 # Free as long as the global batch stays the same.
@@ -47,7 +56,8 @@ INPUTS = {
     "data": "training rows",
     "eval": "evaluation rows",
 }
-UNTOLD_KEYS = ("checkpoint.resume", "training.stop_after_steps")
+# Of this start alone.
+START_KEYS = ("checkpoint.resume", "training.stop_after_steps")
 LENGTH_KEYS = ("training.num_batches", "training.num_epochs", "training.early_stopping_patience")
 
 
@@ -98,7 +108,7 @@ def find_start(config: Config, folder: RunFolder) -> Start:
     if not good:
         return _start_over(config, source, is_fork)
     manifest = good[0][1]
-    config = check_config(manifest.config, config, f"the run in {source.path}")
+    config = check_config(manifest.config, config, f"the run in {source.path}", is_fork=is_fork)
     summary = None if is_fork or step_of(Path(resume)) is not None else _find_end(config, folder, manifest)
     return Start(config, tuple(good), is_fork, summary)
 
@@ -115,7 +125,7 @@ def join_start(config: Config, text: str) -> tuple[Start, RunFolder]:
     shared = json.loads(text)
     found = tuple((Path(path), read_checkpoint(Path(path))) for path in shared["paths"])
     if found:
-        config = check_config(found[0][1].config, config, f"the run of {found[0][0]}")
+        config = check_config(found[0][1].config, config, f"the run of {found[0][0]}", is_fork=shared["is_fork"])
     return Start(config, found, shared["is_fork"], shared["summary"]), RunFolder(Path(shared["folder"]))
 
 
@@ -199,7 +209,7 @@ def read_config(folder: RunFolder) -> dict[str, Any] | None:
     return values
 
 
-def check_config(saved: Mapping[str, Any], config: Config, what: str) -> Config:
+def check_config(saved: Mapping[str, Any], config: Config, what: str, *, is_fork: bool = False) -> Config:
     """Refuses a configuration that would train something else than was begun; tells what else has changed.
 
     Returns:
@@ -212,14 +222,16 @@ def check_config(saved: Mapping[str, Any], config: Config, what: str) -> Config:
     before, now = _flatten(saved), _flatten(dataclasses.asdict(config))
     changed = [key for key in now if key in before and before[key] != now[key]]
     changed += [key for key in now if key not in before]
-    compared_later = LAYOUT_KEYS if config.data.streaming else LAYOUT_KEYS + NAMED_KEYS
-    refused = [key for key in changed if not _is_free(key) and key not in compared_later]
-    told = [f"{k} {_show(before.get(k))} -> {_show(now[k])}" for k in changed if k not in UNTOLD_KEYS]
+    others = LAYOUT_KEYS if config.data.streaming else LAYOUT_KEYS + NAMED_KEYS
+    others += FORK_KEYS if is_fork else ()
+    refused = [key for key in changed if not _is_free(key) and key not in others]
+    told = [f"{k} {_show(before.get(k))} -> {_show(now[k])}" for k in changed if k not in START_KEYS]
     if refused:
         words = [f"{key} was {_show(before.get(key))}, not {_show(now[key])}" for key in refused]
+        fork = "; another folder may begin from its checkpoints/step_N with other values"
         raise UserError(
             f"{what} cannot go on with another configuration: {'; '.join(words)}. Give what it was begun with, or "
-            "choose another hydra.run.dir"
+            f"choose another hydra.run.dir{fork if set(refused) <= set(FORK_KEYS) and not is_fork else ''}"
         )
     sizes = global_batch(before), global_batch(now)
     if sizes[0] != sizes[1]:
@@ -303,7 +315,7 @@ def bring_config(values: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
         name: {**value, **saved.get(name, {})} if isinstance(value, dict) else saved.get(name, value)
         for name, value in values.items()
     }
-    for key in (*keys, "checkpoint.resume"):
+    for key in (*keys, *START_KEYS):
         group, _, name = key.partition(".")
         if name:
             brought[group][name] = values[group][name]

@@ -116,9 +116,10 @@ def roll_forward(prepared: Prepared, base: Arrays, state: TrainState, first: int
 
 
 def show_rows(dump: Dump, diagnosis: Diagnosis) -> None:
-    """Names the rows of the sequences that are not finite."""
-    width = dump.batch["tokens"].shape[1]
-    for micro, sequence in diagnosis.sequences:
+    """Names the rows of the sequences that are not finite; of all, where only their gradient is not."""
+    num_micro, width, _ = dump.batch["tokens"].shape
+    every = [(micro, sequence) for micro in range(num_micro) for sequence in range(width)]
+    for micro, sequence in diagnosis.sequences or every:
         number = micro * width + sequence
         places = dump.places[number] if number < len(dump.places) else []
         log.info("sequence %d (micro-batch %d): %s", sequence, micro, ", ".join(places) or "rows that were streamed")

@@ -71,7 +71,7 @@ def build_train_step(
     """``(state, base, batch) -> (state, metrics)``, jitted; the state is donated.
 
     The loss is the sum over the supervised tokens of all accumulated micro-batches and devices over their count. A step
-    whose loss or gradient is not finite leaves adapters and moments as they were and is counted.
+    whose loss, gradient or update is not finite leaves adapters and moments as they were and is counted.
     """
 
     def train_step(state: TrainState, base: Arrays, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -92,6 +92,8 @@ def build_train_step(
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, moments = optimizer.update(grads, state.optimizer, state.adapters)
         new = optax.apply_updates(state.adapters, updates), moments
+        for array in new[0].values():  # a learning rate may be too large for a gradient that is finite
+            is_finite &= jnp.isfinite(array).all()
         adapters, moments = jax.tree.map(
             lambda new, old: jnp.where(is_finite, new, old), new, (state.adapters, state.optimizer)
         )

@@ -9,6 +9,7 @@ Source: the Gemma 3 report (arXiv 2503.19786) and transformers' ``modeling_gemma
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from flax import nnx
 from adaptax.models.gemma3_weights import Architecture
 
 _init = nnx.initializers.normal(0.02)
+Watch = Callable[[jax.Array, Any], tuple[jax.Array, Any]]  # (x_BTD, tap or None) -> (x_BTD to go on with, note)
 
 
 class RMSNorm(nnx.Module):
@@ -92,9 +94,17 @@ class Block(nnx.Module):
         self.pre_attention_norm, self.post_attention_norm = RMSNorm(D, eps, stack), RMSNorm(D, eps, stack)
         self.pre_ffw_norm, self.post_ffw_norm = RMSNorm(D, eps, stack), RMSNorm(D, eps, stack)
 
-    def __call__(self, x_BTD: jax.Array, rope_BTH: tuple[jax.Array, jax.Array], mask_BTS: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        rope_BTH: tuple[jax.Array, jax.Array],
+        mask_BTS: jax.Array,
+        look: Callable[[str, jax.Array], jax.Array] = lambda half, x_BTD: x_BTD,
+    ) -> jax.Array:
+        """The layer's output; ``look`` is handed the name and the outcome of each half, and what it gives goes on."""
         x_BTD = x_BTD + self.post_attention_norm(self.attn(self.pre_attention_norm(x_BTD), rope_BTH, mask_BTS))
-        return x_BTD + self.post_ffw_norm(self.mlp(self.pre_ffw_norm(x_BTD)))
+        x_BTD = look("attn", x_BTD)
+        return look("mlp", x_BTD + self.post_ffw_norm(self.mlp(self.pre_ffw_norm(x_BTD))))
 
     @staticmethod
     def example_inputs(arch: Architecture) -> tuple[Any, ...]:
@@ -137,8 +147,10 @@ class Gemma3(nnx.Module):
         *,
         dtype: Any = jnp.float32,
         dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Hidden states after the final norm, [B, T, D].
+        watch: Watch | None = None,
+        taps: dict[str, Any] | None = None,
+    ) -> jax.Array | tuple[jax.Array, dict[str, Any]]:
+        """Hidden states after the final norm, [B, T, D]; with ``watch`` also what it noted on the way.
 
         Args:
           tokens_BT: token ids.
@@ -146,6 +158,9 @@ class Gemma3(nnx.Module):
           segments_BT: documents by number; a token sees only tokens of its own number.
           dtype: compute type; weights are cast to it layer by layer.
           dropout_key: for adapters made with dropout.
+          watch: sees x behind the embedding, and behind both halves of every layer. Its notes come back as
+            ``embedder``, and stacked by layer as ``attn`` and ``mlp``.
+          taps: what else it is given behind a half, by name, stacked by layer from ``first_adapted`` on.
         """
         arch = self.arch
         masks = attention_masks(positions_BT, segments_BT, arch.sliding_window)
@@ -155,26 +170,50 @@ class Gemma3(nnx.Module):
         )
         graphdef, lora, weights = nnx.split(self.layers, nnx.LoRAParam, ...)
         plain = nnx.graphdef(nnx.eval_shape(lambda: Block(arch, rngs=nnx.Rngs(0))))
-        is_global_L = jnp.array(arch.global_layers)
-
-        def layer(graphdef: Any, x_BTD: jax.Array, scanned: tuple[jax.Array, Any]) -> tuple[jax.Array, None]:
-            i, lora_i = scanned
-            weights_i = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), weights)
-            block = nnx.merge(graphdef, lora_i, weights_i)
-            if dropout_key is not None and lora_i:
-                block.set_attributes(qwix_rngs=nnx.Rngs(dropout=jax.random.fold_in(dropout_key, i)))
-            mask_BTS = jnp.where(is_global_L[i], *reversed(masks))
-            rope_BTH = jax.tree.map(lambda local, full: jnp.where(is_global_L[i], full, local), *ropes)
-            return self._shard(block(x_BTD, rope_BTH, mask_BTS)), None
+        layer = self._build_layer(weights, masks, ropes, dropout_key, watch)
+        notes: dict[str, Any] = {}
 
         x_BTD = self._shard(self.embedder(tokens_BT, dtype))
+        if watch is not None:
+            x_BTD, notes["embedder"] = watch(x_BTD, None)
+        noted = []
         if self.first_adapted:
-            x_BTD, _ = jax.lax.scan(
-                functools.partial(layer, plain), x_BTD, (jnp.arange(self.first_adapted), nnx.State({}))
-            )
+            below = jnp.arange(self.first_adapted), nnx.State({}), {}
+            x_BTD, notes_L = jax.lax.scan(functools.partial(layer, plain), x_BTD, below)
+            noted.append(notes_L)
         adapted = jax.checkpoint(functools.partial(layer, graphdef), prevent_cse=False)
-        x_BTD, _ = jax.lax.scan(adapted, x_BTD, (jnp.arange(self.first_adapted, arch.num_layers), lora))
-        return self.final_norm(x_BTD)
+        above = jnp.arange(self.first_adapted, arch.num_layers), lora, taps or {}
+        x_BTD, notes_L = jax.lax.scan(adapted, x_BTD, above)
+        notes |= jax.tree.map(lambda *parts: jnp.concatenate(parts), *noted, notes_L)
+        x_BTD = self.final_norm(x_BTD)
+        return x_BTD if watch is None else (x_BTD, notes)
+
+    def _build_layer(
+        self, weights: nnx.State, masks: tuple[Any, Any], ropes: tuple[Any, Any], key: Any, watch: Watch | None
+    ) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
+        """The body of the scan over layers, for any graph of a block. Masks and ropes are (local, global)."""
+        is_global_L = jnp.array(self.arch.global_layers)
+
+        def layer(
+            graphdef: Any, x_BTD: jax.Array, scanned: tuple[jax.Array, Any, dict[str, Any]]
+        ) -> tuple[jax.Array, dict[str, Any]]:
+            i, lora_i, taps_i = scanned
+            notes: dict[str, Any] = {}
+
+            def look(half: str, x_BTD: jax.Array) -> jax.Array:
+                if watch is not None:
+                    x_BTD, notes[half] = watch(x_BTD, taps_i.get(half))
+                return x_BTD
+
+            weights_i = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), weights)
+            block = nnx.merge(graphdef, lora_i, weights_i)
+            if key is not None and lora_i:
+                block.set_attributes(qwix_rngs=nnx.Rngs(dropout=jax.random.fold_in(key, i)))
+            mask_BTS = jnp.where(is_global_L[i], *reversed(masks))
+            rope_BTH = jax.tree.map(lambda local, full: jnp.where(is_global_L[i], full, local), *ropes)
+            return self._shard(block(x_BTD, rope_BTH, mask_BTS, look)), notes
+
+        return layer
 
     def _shard(self, x_BTD: jax.Array) -> jax.Array:
         if self.activation_sharding is None:

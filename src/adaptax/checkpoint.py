@@ -88,7 +88,7 @@ class Saver:
             digests, adapters = self._digest.result()(tree), gather(state.adapters)
             response = ocp.save_checkpointables_async(str(partial.absolute() / ARRAYS), {"state": tree})
         except (OSError, ValueError, RuntimeError) as error:
-            self._fail(path, error)
+            self._fail(partial, path, error)
         else:
             kept = replace(progress, losses=list(progress.losses))
             self._pending = self._worker.submit(self._finish, path, response, digests, adapters, kept)
@@ -112,8 +112,7 @@ class Saver:
 
     def _finish(self, path: Path, response: Any, digests: Any, adapters: Any, progress: Progress) -> None:
         """In the thread: everything after the copy to the host."""
-        partial = path.with_name(path.name + ".partial")
-        step = step_of(path)
+        partial, unwritten, step = path.with_name(path.name + ".partial"), path, step_of(path)
         assert step is not None
         try:
             response.result()
@@ -129,16 +128,17 @@ class Saver:
                 )
                 seal(partial, manifest)
                 publish(partial)
+                self.last_step, unwritten = step, self._folder.adapters
+                self._delete_old(step, progress.best_step)  # first: it makes room
                 self.write_adapters(adapters, is_best=progress.best_step == step)
-                self._delete_old(step, progress.best_step)
             self.last_step, self.failure = step, None
         except Exception as error:  # whatever Orbax raises: training goes on without this checkpoint
-            self._fail(path, error)
+            self._fail(partial, unwritten, error)
 
-    def _fail(self, path: Path, error: BaseException) -> None:
+    def _fail(self, partial: Path, unwritten: Path, error: BaseException) -> None:
         if jax.process_index() == 0:
-            shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
-        self.failure = f"{path} was not saved: {explain(error)}"
+            shutil.rmtree(partial, ignore_errors=True)
+        self.failure = f"{unwritten} was not written: {explain(error)}"
         good = "earlier checkpoints are whole" if self.last_step is not None else "there is no earlier checkpoint"
         log.warning("%s; %s", self.failure, good)
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -329,7 +330,8 @@ def how_to_resume(folder: RunFolder) -> str:
     path = folder.path
     with contextlib.suppress(ValueError):
         path = path.relative_to(Path.cwd())
-    return f"go on with: python run_training.py checkpoint.resume={shlex.quote(str(path))}"
+    program = f"python {shlex.quote(sys.argv[0])}" if sys.argv[0].endswith(".py") else "adaptax"
+    return f"go on with: {program} checkpoint.resume={shlex.quote(str(path))}"
 
 
 def _is_free(key: str) -> bool:

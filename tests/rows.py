@@ -57,6 +57,9 @@ def run_config(data: cfg.DataConfig, mesh_shape: Any = None, **training: Any) ->
         "eval_every_steps": None,
         "exact_match_rows": 0,
         "max_nonfinite": 1,
+        "early_stopping_patience": None,
+        "early_stopping_min_delta": 0.0,
+        "stop_after_steps": None,
         "seed": 0,
     }
     return cfg.Config(
@@ -77,7 +80,7 @@ def run_config(data: cfg.DataConfig, mesh_shape: Any = None, **training: Any) ->
         optimizer=cfg.OptimizerConfig("sgd", 1.0, 0.0, None, None, None, None, None),
         schedule=cfg.ScheduleConfig("constant", 0, 1.0),
         training=cfg.TrainingConfig(**(values | training)),
-        checkpoint=cfg.CheckpointConfig(None, 1),
+        checkpoint=cfg.CheckpointConfig(None, None, 1, "auto", 30.0),
         logging=cfg.LoggingConfig(1, "off", False, False),
     )
 

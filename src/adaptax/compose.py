@@ -94,7 +94,11 @@ def check_arguments(arguments: list[str]) -> list[str]:
     if flags.experimental_rerun is not None:
         raise UserError("--experimental-rerun reads a pickle and is not supported; use the run's config.yaml instead")
     known = key_paths()
-    for override in OverridesParser.create().parse_overrides(flags.overrides):
+    try:
+        overrides = OverridesParser.create().parse_overrides(flags.overrides)
+    except OverrideParseException as error:
+        raise UserError(explain(error)) from None
+    for override in overrides:
         key = override.key_or_group
         if _MAPPED.match(key):
             continue

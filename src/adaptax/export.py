@@ -46,6 +46,7 @@ def save_peft_adapter(
     _check_written(partial / "adapter_model.safetensors", tensors)
     old = directory.with_name(directory.name + ".old")
     if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed
         directory.rename(old)
     partial.rename(directory)
     shutil.rmtree(old, ignore_errors=True)

@@ -21,6 +21,7 @@ from adaptax.run_folder import write_text
 FORMAT = 1
 ARRAYS, FILE, SUMS = "arrays", "manifest.json", "SHA256SUMS"
 _NAME = re.compile(r"step_(\d{8,})")
+_SUMS = re.compile(r"(?:[0-9a-f]{64}  .+\n)+")
 _STALE = re.compile(r"step_\d{8,}\.(partial|deleted|replaced)")
 
 
@@ -54,12 +55,13 @@ def name_step(step: int) -> str:
 def step_of(path: Path) -> int | None:
     """The step that a checkpoint's folder is named after; None where it is no such name."""
     match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match else None
+    step = int(match[1]) if match else None
+    return step if step is not None and name_step(step) == path.name else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, damaged ones too, oldest first."""
-    found = {path: step for path in folder.glob("step_*") if (step := step_of(path)) is not None}
+    found = {path: step for path in folder.glob("step_*") if (step := step_of(path)) is not None and path.is_dir()}
     return sorted(found, key=lambda path: found[path])
 
 
@@ -78,6 +80,7 @@ def publish(partial: Path) -> Path:
     """Gives a sealed checkpoint its name; one of the same step makes room. Returns its path."""
     path = partial.with_suffix("")
     replaced = path.with_name(path.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
         path.rename(replaced)
     partial.rename(path)
@@ -133,11 +136,16 @@ def _format_sums(hashes: dict[str, str]) -> str:
 
 def _describe_change(sums: str, found: dict[str, str]) -> str:
     written = {name: digest for digest, _, name in (line.partition("  ") for line in sums.splitlines())}
+    if FILE not in written or not _SUMS.fullmatch(sums):  # it is cut short
+        return f"{SUMS} is not what was written"
     changed = [name for name, digest in found.items() if written.get(name, digest) != digest]
     if changed:
         return f"{changed[0]} is not what was written"
     missing = [name for name in written if name not in found]
-    return f"{missing[0]} is missing" if missing else f"{SUMS} is not what was written"
+    if missing:
+        return f"{missing[0]} is missing"
+    added = [name for name in found if name not in written]
+    return f"{added[0]} is none of its files" if added else f"{SUMS} is not what was written"
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -148,7 +156,7 @@ def _read_manifest(path: Path) -> Manifest:
         if form != FORMAT:
             raise Damaged(f"it was written by another version of adaptax (format {form}, this one reads {FORMAT})")
         manifest = Manifest(**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged(f"{FILE} is not a manifest") from None
     if manifest.step != step_of(path):
         raise Damaged(f"its {FILE} is of step {manifest.step}")

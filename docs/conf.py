@@ -9,7 +9,7 @@ sys.path[:0] = [str(DOCS / "_ext"), str(DOCS.parent / "src")]
 
 project = "adaptax"
 release = version = importlib.import_module("adaptax").__version__
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "config_tables", "model_tables"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "config_tables", "model_tables", "resume_tables"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"adaptax {release}"

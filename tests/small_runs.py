@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import functools
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+import yaml
 from hydra import compose, initialize_config_dir
 from jax.sharding import Mesh
 from omegaconf import OmegaConf
@@ -25,14 +28,14 @@ from adaptax.checkpoint import Saver, Writer
 from adaptax.compose import find_conf, teach_hydra
 from adaptax.config import CheckpointConfig, Config, build
 from adaptax.lora import LoraSpec, adapter_shapes
-from adaptax.manifest import name_step
+from adaptax.manifest import ARRAYS, Manifest, name_step, seal
 from adaptax.mesh import partition
 from adaptax.models import ASSETS, find_architecture
 from adaptax.models.gemma3_weights import tensor_shapes
 from adaptax.optim import build_optimizer
 from adaptax.progress import Progress
 from adaptax.resume import find_start
-from adaptax.run_folder import RunFolder
+from adaptax.run_folder import RunFolder, write_text
 from adaptax.signals import StopSignals
 from adaptax.step import TrainState, init_state
 from rows import chat
@@ -47,7 +50,8 @@ SHORT = {
     "data.length_buckets": 1,
     "data.cache": False,
     "optimizer.learning_rate": 0.05,
-    "schedule.warmup_steps": 1,
+    "schedule.name": "constant",  # the same program, however many steps there are
+    "schedule.warmup_steps": 0,
     "training.micro_batch_size": 4,
     "training.num_batches": 6,
     "checkpoint.every_minutes": None,
@@ -58,6 +62,30 @@ SHORT = {
 
 
 # Whole runs
+
+
+def compilation_cache() -> dict[str, Any]:
+    """Settings of jax with which runs of one session share what they have compiled."""
+    return {
+        "jax_compilation_cache_dir": f"{os.environ['XDG_CACHE_HOME']}/compiled",  # of this session: conftest.py
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+
+
+@contextlib.contextmanager
+def cached_compilation() -> Iterator[None]:
+    """Has them in this process while it is entered."""
+    from jax.experimental.compilation_cache import compilation_cache as cache
+
+    wanted = compilation_cache()
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for values in (wanted, before):
+        cache.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is wanted:
+            yield
 
 
 def write_model(directory: Path, seed: int = 0) -> Path:
@@ -78,7 +106,9 @@ def write_rows(path: Path, num_rows: int = 24, seed: int = 0) -> Path:
     """Conversations of different lengths."""
     rng = np.random.default_rng(seed)
     words = ["light", "fan", "door", "on", "off", "warm", "red", "blue"]
-    rows = [chat(" ".join(rng.choice(words, 1 + i % 4)), " ".join(rng.choice(words, 1 + i % 3))) for i in range(num_rows)]
+    rows = [
+        chat(" ".join(rng.choice(words, 1 + i % 4)), " ".join(rng.choice(words, 1 + i % 3))) for i in range(num_rows)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -90,8 +120,8 @@ def _compose() -> dict[str, Any]:
         return OmegaConf.to_container(compose("config", ["model=gemma3_tiny"]), resolve=True)  # type: ignore[return-value]
 
 
-def config_values(home: Path, changes: Mapping[str, Any] = {}) -> dict[str, Any]:  # noqa: B006
-    """The values of a short run's configuration, with changes by dotted key.
+def make_config(home: Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of a short run.
 
     Args:
       home: where :func:`write_home` has put model and rows.
@@ -101,15 +131,10 @@ def config_values(home: Path, changes: Mapping[str, Any] = {}) -> dict[str, Any]
     here = {"model.model_size": "auto", "model.weights": str(home / "model"), "model.lora_rank": 4}
     here |= {"model.lora_module_path": ".*(q_einsum|down_proj)", "model.dtype": "float32"}
     here |= {"data.train": str(home / "rows.jsonl"), "data.eval": str(home / "eval.jsonl")}
-    for key, value in (here | SHORT | dict(changes)).items():
+    for key, value in (here | SHORT | dict(changes or {})).items():
         group, _, name = key.rpartition(".")
         (values[group] if group else values)[name] = value
-    return values
-
-
-def make_config(home: Path, changes: Mapping[str, Any] = {}) -> Config:  # noqa: B006
-    """The configuration of a short run, with changes by dotted key."""
-    return build(config_values(home, changes))
+    return build(values)
 
 
 def write_home(home: Path) -> Path:
@@ -121,16 +146,36 @@ def write_home(home: Path) -> Path:
 
 
 def train(path: Path, config: Config) -> Rows:
-    """One start of a run, in this process; its rows in metrics.jsonl."""
+    """One start of a run, in this process, as the command line does it; its rows in metrics.jsonl."""
     from adaptax.train import run
 
     path.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(path)
     with StopSignals(grace_seconds=30) as stop:
         start = find_start(config, folder)
-        fsdp, tp = start.config.model.mesh_shape[0]
-        run(start, support.make_mesh(fsdp, tp), folder, stop)
+        if not start.summary:
+            folder.summary.unlink(missing_ok=True)
+            write_text(folder.config, yaml.safe_dump(dataclasses.asdict(start.config), sort_keys=False))
+            run(start, support.make_mesh(*start.config.model.mesh_shape[0]), folder, stop)
     return read_metrics(path)
+
+
+def write_run(path: Path, config: Config, *steps: int) -> RunFolder:
+    """What a run leaves, but for arrays: enough to find out where the next start begins."""
+    folder, values = RunFolder(path), dataclasses.asdict(config)
+    path.mkdir(parents=True)
+    folder.config.write_text(yaml.safe_dump(values, sort_keys=False))
+    folder.metrics.write_text(
+        "".join(json.dumps({"step": i + 1, "train_loss": 1.0}) + "\n" for i in range(max(steps, default=0)))
+    )
+    for step in steps:
+        arrays = folder.checkpoints / name_step(step) / ARRAYS
+        arrays.mkdir(parents=True)
+        (arrays / "data").write_text(str(step))
+        progress = Progress(train_loss=step / 4, eval_step=step, eval_loss=step / 2, best_step=steps[0], best_loss=0.5)
+        manifest = Manifest(step, "2026-01-01T00:00:00+00:00", progress.as_dict(), values, {"base": "none"}, {})
+        seal(arrays.parent, manifest)
+    return folder
 
 
 def read_metrics(path: Path) -> Rows:
@@ -194,14 +239,16 @@ def arrays_of(state: TrainState) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.array(leaf) for path, leaf in leaves}
 
 
-def make_saver(folder: RunFolder, state: TrainState, keep: int = 3) -> Saver:
-    """Saves what :func:`make_state` makes; the adapters are written as they are."""
+def make_saver(folder: RunFolder, state: TrainState, keep: int = 3, **due: Any) -> Saver:
+    """Saves what :func:`make_state` makes; the adapters are written as they are. ``due``: keys of when to save."""
 
     def save_adapter(adapters: Mapping[str, np.ndarray], path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         np.savez(path / "adapters.npz", **{name.replace("/", "."): array for name, array in adapters.items()})
 
-    config = CheckpointConfig(None, None, keep, "auto", 30.0)
+    config = CheckpointConfig(
+        **({"every_steps": None, "every_minutes": None} | due), keep=keep, resume="auto", grace_seconds=30.0
+    )
     writer = Writer({"name": "test"}, lambda: {"base": "none"}, save_adapter)
     return Saver(folder, config, writer, state)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -19,12 +20,17 @@ from typing import Any
 import hydra
 import pytest
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 from adaptax import cli
+from adaptax.compose import COMMANDS as NAMES
+from adaptax.compose import check_arguments, find_conf, given_keys, teach_hydra
 from adaptax.config import build, key_paths, unknown_key
+from adaptax.manifest import step_of
 from adaptax.models import FAMILIES
+from adaptax.resume import bring_config
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "adaptax"
@@ -56,6 +62,7 @@ def find_arguments(words: list[str]) -> list[str] | None:
     for i in range(len(words)):
         if words[i : i + 2] == ["python", "run_training.py"]:
             return words[i + 2 :]
+    words = list(itertools.dropwhile(re.compile(r"[A-Z_]+=").match, words))
     return words[1:] if words[:1] == ["adaptax"] else None
 
 
@@ -74,14 +81,23 @@ def documented_commands() -> dict[str, list[str]]:
 
 
 COMMANDS = documented_commands()
+OF_A_RUN = ("checkpoints", "replay")  # commands that take a run's folder, and no configuration
+
+
+def named_runs() -> set[Path]:
+    """The folders and checkpoints of earlier runs that the commands name."""
+    words = [argument for arguments in COMMANDS.values() for argument in arguments]
+    resumed = {value for key, _, value in (word.partition("=") for word in words) if key == "checkpoint.resume"}
+    listed = {arguments[1] for arguments in COMMANDS.values() if arguments[0] in OF_A_RUN}
+    return {Path(name) for name in (resumed | listed) - {"auto", "never"}}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reader's folder: a copy of ``conf`` with the YAML files that the pages tell to write, and the named data."""
-    cli.teach_hydra()
+    """A reader's folder: ``conf`` with the YAML files that the pages tell to write, the named data and earlier runs."""
+    teach_hydra()
     folder = tmp_path_factory.mktemp("reader")
-    shutil.copytree(cli.find_conf(), folder / "conf")
+    shutil.copytree(find_conf(), folder / "conf")
     for caption, block in (item for page in PAGES for item in code_blocks(page, "yaml")):
         if caption.endswith(".yaml"):
             (folder / caption).parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +106,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
     (folder / "checkpoints/my-gemma").mkdir(parents=True)
     (folder / "checkpoints/my-gemma/config.json").write_text(json.dumps({"model_type": "gemma3_text"}))
+    for path in named_runs():
+        (folder / path).mkdir(parents=True, exist_ok=True)
+        run = folder / path if step_of(path) is None else folder / path.parents[1]
+        (run / "config.yaml").write_text("data: {train: chats.jsonl}\n", encoding="utf-8")
     return folder
 
 
@@ -103,19 +123,22 @@ def first_values(overrides: list[str]) -> list[str]:
 
 
 def compose(arguments: list[str], folder: Path) -> dict[str, Any]:
-    """The configuration of a command line's (first) job, as plain values."""
-    if arguments[0] in ("train", "preview"):
+    """The configuration of a command line's (first) job, as plain values; with what a resumed run brings."""
+    if arguments[0] in NAMES:
         own = argparse.ArgumentParser(allow_abbrev=False)
-        own.add_argument("--rows")
-        own.add_argument("--html")
+        for option in {"preview": ("--rows", "--html"), "verify-resume": ("--steps", "--at")}.get(arguments[0], ()):
+            own.add_argument(option)
         _, arguments = own.parse_known_args(arguments[1:])
-    options = get_args_parser().parse_intermixed_args(cli.check_arguments(arguments))
+    options = get_args_parser().parse_intermixed_args(check_arguments(arguments))
     overrides = first_values(options.overrides) if options.multirun else list(options.overrides)
     if options.config_dir:
         overrides.append(f"hydra.searchpath=[file://{folder / options.config_dir}]")
     with hydra.initialize_config_dir(config_dir=str(folder / "conf"), version_base="1.3"):
-        cfg = hydra.compose(config_name="config", overrides=overrides)
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+        cfg = hydra.compose(config_name="config", overrides=overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return bring_config(OmegaConf.to_container(cfg, resolve=True), given_keys())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS.keys())
@@ -123,6 +146,9 @@ def test_documented_command_composes(arguments: list[str], folder: Path, monkeyp
     if "--help" in arguments:
         return
     monkeypatch.chdir(folder)
+    if arguments[0] in OF_A_RUN:
+        assert not arguments[2:] or arguments[2] == "--step"
+        return
     values = compose(arguments, folder)
     if "--cfg" in arguments and values["data"]["train"] is None:
         values["data"]["train"] = "chats.jsonl"  # showing a configuration needs no data
@@ -146,6 +172,7 @@ def test_the_pages_have_commands() -> None:
     assert len(COMMANDS) > 40
     assert ["+experiment=quickstart"] in COMMANDS.values()
     assert any(arguments[:1] == ["model=custom"] for arguments in COMMANDS.values())
+    assert set(NAMES) - {"train"} <= {arguments[0] for arguments in COMMANDS.values()}
 
 
 def test_documented_keys_exist() -> None:
@@ -178,8 +205,9 @@ def test_every_configuration_file_is_on_a_page() -> None:
 
 def test_every_metric_is_on_its_page() -> None:
     text = (ROOT / "docs/guide/outputs.rst").read_text(encoding="utf-8")
-    written = set(re.findall(r'"((?:train|eval)_\w+)":', (SOURCE / "train.py").read_text(encoding="utf-8")))
-    assert written == set(re.findall(r"\* - ``((?:train|eval)_\w+)``", text))
+    code = "".join((SOURCE / name).read_text(encoding="utf-8") for name in ("train.py", "recorder.py"))
+    written = set(re.findall(r'"((?:train|eval|checkpoint)_\w+)":', code))
+    assert written == set(re.findall(r"\* - ``((?:train|eval|checkpoint)_\w+)``", text))
 
 
 def test_every_public_module_is_in_the_reference() -> None:

@@ -30,6 +30,7 @@ from adaptax.manifest import (
     ARRAYS,
     Damaged,
     Manifest,
+    clean_up,
     delete_checkpoint,
     list_checkpoints,
     name_step,
@@ -42,6 +43,7 @@ from adaptax.run_folder import RunFolder
 from adaptax.step import TrainState
 
 log = logging.getLogger(__name__)
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what they raise; here it becomes one line
 GIB = 2**30
 
 
@@ -60,9 +62,11 @@ class Saver:
     def __init__(self, folder: RunFolder, config: CheckpointConfig, writer: Writer, state: TrainState):
         self._folder, self._config, self._writer = folder, config, writer
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        shapes = describe(as_tree(state))
+        shapes, self._size = describe(as_tree(state)), measure(state)
         self._digest = self._worker.submit(lambda: digest_arrays.lower(shapes).compile())  # ahead of the first save
         self._pending: Future[None] | None = None
+        later = (path for path in list_checkpoints(folder.checkpoints) if (step_of(path) or 0) > int(state.step))
+        self._stale = set(later)  # damaged, or of a future that was taken back
         self._last_time = time.monotonic()
         self.last_step: int | None = None  # that was saved whole
         self.failure: str | None = None  # of the last save
@@ -81,18 +85,28 @@ class Saver:
         """Begins to save; the state may be donated to the next step at once. Returns the seconds that it took."""
         started = self._last_time = time.monotonic()
         self.wait()
+        if jax.process_index() == 0:
+            clean_up(self._folder.checkpoints)  # a save that failed may have left something
         path = self._folder.checkpoints / name_step(step)
         partial = path.with_name(path.name + ".partial")
         tree = as_tree(state)
         try:
+            if jax.process_count() == 1 and shutil.disk_usage(self._folder.path).free < self._size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # Orbax's threads are not even begun
             digests, adapters = self._digest.result()(tree), gather(state.adapters)
-            response = ocp.save_checkpointables_async(str(partial.absolute() / ARRAYS), {"state": tree})
+            with begin_orbax():
+                response = ocp.save_checkpointables_async(str(partial.absolute() / ARRAYS), {"state": tree})
         except (OSError, ValueError, RuntimeError) as error:
             self._fail(partial, path, error)
         else:
             kept = replace(progress, losses=list(progress.losses))
             self._pending = self._worker.submit(self._finish, path, response, digests, adapters, kept)
         return time.monotonic() - started
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way, or has come to its end unseen."""
+        return self._pending is not None
 
     def wait(self) -> None:
         """Waits for the save that is under way; if it fails, :attr:`failure` says why."""
@@ -139,16 +153,26 @@ class Saver:
         if jax.process_index() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         self.failure = f"{unwritten} was not written: {explain(error)}"
-        good = "earlier checkpoints are whole" if self.last_step is not None else "there is no earlier checkpoint"
+        has_earlier = set(list_checkpoints(self._folder.checkpoints)) - self._stale
+        good = "earlier checkpoints are whole" if has_earlier else "there is no earlier checkpoint"
         log.warning("%s; %s", self.failure, good)
 
     def _delete_old(self, step: int, best_step: int | None) -> None:
-        """Keeps the latest ones and the best; later ones than this are damaged, or of a future that was taken back."""
-        paths = list_checkpoints(self._folder.checkpoints)
-        later = [path for path in paths if (step_of(path) or 0) > step]
-        kept = paths[: len(paths) - len(later)]
-        for path in later + [path for path in kept[: -self._config.keep] if step_of(path) != best_step]:
+        """Keeps the latest ones and the best; those that are stale go with the first that is whole."""
+        stale, self._stale = self._stale - {self._folder.checkpoints / name_step(step)}, set()
+        kept = [path for path in list_checkpoints(self._folder.checkpoints) if path not in stale]
+        for path in [*stale, *(path for path in kept[: -self._config.keep] if step_of(path) != best_step)]:
             delete_checkpoint(path)
+
+
+def begin_orbax() -> ocp.Context:
+    """Has folders made before the threads that write to them begin: these would wait for them for minutes.
+
+    Of several processes only the first one knows that a folder could not be made; the others wait in the background.
+    """
+    context = ocp.Context()
+    context.asynchronous.create_directories_asynchronously = jax.process_count() > 1
+    return context
 
 
 def restore(path: Path, manifest: Manifest, like: TrainState) -> TrainState:
@@ -189,7 +213,7 @@ def as_tree(state: TrainState) -> dict[str, Any]:
 def digest_arrays(tree: Any) -> dict[str, jax.Array]:
     """A number per array, the same on every mesh, that any changed bit changes.
 
-    The words of an array are summed modulo 2^32, each times an odd number that depends on its place.
+    The words of an array are mixed with their places (the end of MurmurHash3), then summed modulo 2^32.
     """
     return {jax.tree_util.keystr(path): _digest(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -205,7 +229,10 @@ def _digest(array: jax.Array) -> jax.Array:
     for axis in reversed(range(words.ndim)):
         place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= words.shape[axis]
-    return (words * (place * jnp.uint32(2654435761) | 1)).sum(dtype=jnp.uint32)
+    mixed = words ^ place * jnp.uint32(0x9E3779B1)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        mixed = (mixed ^ mixed >> shift) * jnp.uint32(factor)
+    return mixed.sum(dtype=jnp.uint32)
 
 
 def gather(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
@@ -215,20 +242,25 @@ def gather(arrays: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     return {path: np.asarray(array) for path, array in host.items()}
 
 
+def measure(state: TrainState) -> int:
+    """Bytes of a checkpoint and of what is written beside it, hardly less than it takes."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(as_tree(state)))
+    return size + (1 << 18) + 2 * sum(array.nbytes for array in state.adapters.values())  # manifest; adapters
+
+
 def check_room(folder: RunFolder, keep: int, state: TrainState, *, has_best: bool) -> None:
     """Refuses to start where the disk cannot hold the checkpoints that are kept and one more.
 
     Raises:
       UserError: with what is needed and what there is.
     """
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(as_tree(state)))
-    size += (1 << 18) + 2 * sum(array.nbytes for array in state.adapters.values())  # manifest; best or last adapters
+    size = measure(state)
     needed = size * (keep + 1 + has_best)
-    used = sum(file.stat().st_size for file in folder.path.rglob("*") if file.is_file())
-    free = shutil.disk_usage(folder.path).free
-    if needed > free + used:
+    needed -= sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
+    needed, free = max(needed, size), shutil.disk_usage(folder.path).free  # each is written before another one goes
+    if needed > free:
         raise UserError(
-            f"{folder.path} has {free / GIB:.3g} GiB free, and its checkpoints may take {needed / GIB:.3g} GiB: "
+            f"{folder.path} has {free / GIB:.3g} GiB free, and its checkpoints may take {needed / GIB:.3g} GiB more: "
             f"checkpoint.keep={keep} of {size / GIB:.3g} GiB each, the best one and one being written; lower "
             "checkpoint.keep or model.lora_rank, or choose another hydra.run.dir"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import shlex
@@ -47,6 +48,8 @@ def main() -> None:
     """
     command = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in COMMANDS else "train"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us, and become one line below
+    logging.raiseExceptions = False  # where run.log cannot be written, the disk being full, the terminal still can
+    sys.unraisablehook = _show_unraisable
     try:
         if command == "checkpoints":
             _list_checkpoints()
@@ -85,7 +88,8 @@ def _train(cfg: DictConfig) -> float:
         folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
         with StopSignals(config.checkpoint.grace_seconds) as stop, contextlib.ExitStack() as stack:
             try:
-                return _start(config, folder, stop, stack)
+                with folder.guard():
+                    return _start(config, folder, stop, stack)
             except Interrupted as interrupted:
                 is_saved = bool(list_checkpoints(folder.checkpoints))
                 hint = f"saved; {how_to_resume(folder)}" if is_saved else "nothing was saved yet"
@@ -120,6 +124,8 @@ def _start(config: Config, folder: RunFolder, stop: StopSignals, stack: contextl
 
         mesh.start_processes()
         stop.renew()
+        if not _is_alone() and HydraConfig.get().mode == RunMode.RUN:
+            stack.push(functools.partial(_leave_others, stop))
         start, folder = _share_start(start, folder)
     if start.summary:
         log.info(
@@ -137,6 +143,20 @@ def _start(config: Config, folder: RunFolder, stop: StopSignals, stack: contextl
     from adaptax import train
 
     return train.run(start, device_mesh, folder, stop)
+
+
+def _leave_others(stop: StopSignals, kind: object, error: BaseException | None, trace: object) -> None:
+    """Ends a process that fails alone, and does not wait for the others, which may be waiting for it."""
+    if error is None or (isinstance(error, Interrupted) and stop.is_holding):  # all end at the same step
+        return
+    if isinstance(error, UserError):
+        _record(str(error))
+        print(f"error: {_as_line(str(error))}", file=sys.stderr)
+    elif isinstance(error, Exception):
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(128 + error.number if isinstance(error, Interrupted) else 1)
 
 
 def _share_start(start: Start, folder: RunFolder) -> tuple[Start, RunFolder]:
@@ -291,6 +311,12 @@ def check_data(config: Config) -> None:
     catalog.check_sources(config)
 
 
+def _show_unraisable(unraisable: Any) -> None:
+    """Shows all but the writes that Orbax left when another one had failed, which is told in a line."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _record(message: str) -> None:
     """Writes into the run's log file alone, why it stopped."""
     record = log.makeRecord(log.name, logging.ERROR, __file__, 0, message, (), None)
@@ -300,6 +326,10 @@ def _record(message: str) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    line = " ".join(redact(message).split())  # a name out of a file may hold what steers a terminal
-    print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
+    print(f"error: {_as_line(message)}", file=sys.stderr)
     sys.exit(1)
+
+
+def _as_line(message: str) -> str:
+    line = " ".join(redact(message).split())  # a name out of a file may hold what steers a terminal
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -24,6 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from adaptax.config import Config, UserError, key_paths, one_of, unknown_key
 from adaptax.manifest import step_of
 from adaptax.redact import check_no_secrets, find_secret, is_secret_name, redact
+from adaptax.resume import read_config
+from adaptax.run_folder import RunFolder
 
 COMMANDS = ("train", "preview", "replay", "checkpoints", "verify-resume")
 GROUPS = ("model", "data", "optimizer", "schedule", "training", "checkpoint", "logging", "experiment")
@@ -117,22 +119,28 @@ def _holds_secret(argument: str) -> bool:
 
 
 def find_run_folder(arguments: list[str]) -> list[str]:
-    """The override that lets a run go on in the folder that ``checkpoint.resume`` names, unless one was chosen."""
+    """The override that lets a run go on in the folder that ``checkpoint.resume`` names, unless one was chosen.
+
+    Where it names a step, a new folder is begun, under the name of the run that the step is of.
+    """
     flags = get_args_parser().parse_intermixed_args(arguments)
     given = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(flags.overrides)}
-    resume = given.get("checkpoint.resume")
-    if (
-        flags.multirun
-        or resume is None
-        or "hydra.run.dir" in given
-        or not isinstance(resume.value(), (str, QuotedString))
-    ):
+    resume = given["checkpoint.resume"].value() if "checkpoint.resume" in given else None
+    if flags.multirun or "hydra.run.dir" in given or not isinstance(resume, (str, QuotedString)):
         return []
-    path = Path(str(getattr(resume.value(), "text", resume.value())))
-    if not path.is_dir() or step_of(path) is not None:
+    path = Path(str(getattr(resume, "text", resume)))
+    if not path.is_dir():
         return []
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return [f"hydra.run.dir='{text}'"]
+    if step_of(path) is None:
+        return [_quote("hydra.run.dir", str(path))]
+    saved = read_config(RunFolder(path.absolute().parents[1])) or {}
+    return [_quote("name", str(saved["name"]))] if "name" in saved and "name" not in given else []
+
+
+def _quote(key: str, text: str) -> str:
+    """An override with a text as it stands."""
+    text = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{text}'"
 
 
 def given_keys() -> list[str]:

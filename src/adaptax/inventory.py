@@ -32,7 +32,9 @@ def show_checkpoints(path: Path) -> bool:
         )
     table = Table(title=Text(str(path)))
     for column in ("checkpoint", "saved (UTC)", "MiB", "training loss", "evaluation loss", "state"):
-        table.add_column(column, justify="right" if column in NUMBERS else "left", no_wrap=column != "state")
+        table.add_column(
+            column, justify="right" if column in NUMBERS else "left", no_wrap=column != "state", overflow="fold"
+        )
     states: list[Manifest | Damaged] = []
     for checkpoint in paths:
         try:

@@ -8,6 +8,8 @@ import json
 import logging
 import math
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,8 +29,7 @@ METRICS, LOG_SCALE_RATIO = "metrics.jsonl", 20
 class MetricsLog:
     """Appends rows to ``metrics.jsonl`` and, if asked for, to TensorBoard; draws ``loss.png`` at the end.
 
-    Close it on every path; without a directory it writes nothing (the other processes of a run). A disk that is full
-    does not end a run: what could not be written is tried again with the next row.
+    Close it on every path; without a directory it writes nothing (the other processes of a run).
 
     Args:
       directory: of the run.
@@ -39,46 +40,47 @@ class MetricsLog:
     def __init__(self, directory: Path | None, config: LoggingConfig, earlier: Sequence[Mapping[str, Any]] = ()):
         self._directory, self._config = directory, config
         self._rows: list[Mapping[str, Any]] = list(earlier)
-        self._file, self._unwritten, self._is_told = None, b"", False
-        self._events = None
+        self._file, self._events = None, None
         if directory:
             write_text(directory / METRICS, "".join(json.dumps(row) + "\n" for row in self._rows))
-            self._file = (directory / METRICS).open("ab", buffering=0)
+            self._file = Appender(directory / METRICS)
         if directory and config.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(
-                str(directory / "tensorboard"), purge_step=earlier[-1]["step"] + 1 if earlier else None
-            )
+            self._events = EventLog(directory / "tensorboard", earlier[-1]["step"] + 1 if earlier else None)
 
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """One row: the step and its values; a value that is not finite is written as null."""
         row = {"step": step} | {k: v if v is None or math.isfinite(v) else None for k, v in values.items()}
         self._rows.append(row)
-        self._append((json.dumps(row) + "\n").encode())
+        if self._file:
+            self._file.write((json.dumps(row) + "\n").encode())
         if self._events:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    self._events.add_scalar(name.replace("_", "/", 1), value, step)
+            self._events.write(step, {name: row[name] for name in values if row[name] is not None})
 
     def close(self) -> None:
         """Flushes everything and draws the picture."""
-        self._append(b"")
-        if self._file:
-            self._file.close()
+        for file in (self._file, self._events):
+            if file:
+                file.close()
         try:
-            if self._events:
-                self._events.close()
             if self._directory and self._config.plot:
                 draw_losses(self._rows, self._directory / "loss.png")
         except OSError as error:
-            log.warning("%s: the pictures of the losses are not written: %s", self._directory, error.strerror)
+            log.warning("%s: the picture of the losses is not written: %s", self._directory, error.strerror)
 
-    def _append(self, line: bytes) -> None:
-        """Writes what is due, and takes half a line back."""
-        if self._file is None:
-            return
-        self._unwritten += line
+
+class Appender:
+    """A file to append to. A disk that is full does not end a run: what could not be written waits for the next time.
+
+    Nothing is held back: what is written is there for other programs, and after a kill.
+    """
+
+    def __init__(self, path: Path):
+        self._file = path.open("ab", buffering=0)
+        self._unwritten, self._is_told = b"", False
+
+    def write(self, piece: bytes) -> None:
+        """Appends a piece and those that wait, or takes back what was written of them."""
+        self._unwritten += piece
         size = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(self._unwritten) != len(self._unwritten):
@@ -88,8 +90,53 @@ class MetricsLog:
             with contextlib.suppress(OSError):
                 self._file.truncate(size)
             if not self._is_told:
-                log.warning("%s: %s; its rows wait until they can be written", self._file.name, error.strerror)
+                log.warning("%s: %s; what is to be written waits until it can be", self._file.name, error.strerror)
             self._is_told = True
+
+    def close(self) -> None:
+        """Writes what still waits, if it can be."""
+        self.write(b"")
+        with contextlib.suppress(OSError):  # of disks in networks
+            self._file.close()
+
+
+class EventLog:
+    """Scalars for TensorBoard.
+
+    tensorboardX's own writer is left aside: where the disk is full its thread ends, and the training waits for ever.
+
+    Args:
+      folder: of the events; may hold those of earlier starts.
+      first_step: of a resume; what earlier starts wrote from there on is not shown.
+    """
+
+    def __init__(self, folder: Path, first_step: int | None):
+        from tensorboardX import record_writer
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
+        self._checksum = record_writer.masked_crc32c
+        folder.mkdir(exist_ok=True)
+        self._file = Appender(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}")
+        self._append(file_version="brain.Event:2")
+        if first_step is not None:
+            self._append(step=first_step, session_log=self._events.SessionLog(status=1))  # it has started
+
+    def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
+        """The values of a step; ``train_loss`` becomes ``train/loss``."""
+        make = self._summaries.Summary
+        scalars = [make.Value(tag=name.replace("_", "/", 1), simple_value=value) for name, value in values.items()]
+        self._append(step=step, summary=make(value=scalars))
+
+    def close(self) -> None:
+        """Writes what still waits, if it can be."""
+        self._file.close()
+
+    def _append(self, **fields: Any) -> None:
+        data = self._events.Event(wall_time=time.time(), **fields).SerializeToString()
+        header = struct.pack("<Q", len(data))
+        self._file.write(b"".join(part + struct.pack("<I", self._checksum(part)) for part in (header, data)))
 
 
 def read_rows(path: Path, last_step: int) -> list[dict[str, Any]]:

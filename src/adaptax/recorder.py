@@ -83,6 +83,8 @@ class Recorder:
     def save(self, step: int, state: TrainState, saver: Saver) -> None:
         """Saves the state, and writes down for how long that kept the training waiting."""
         seconds = saver.save(step, state, self.progress)
+        if not saver.is_saving:  # it has failed at once, and said so
+            return
         self._metrics.write(step, {"checkpoint_stall_seconds": seconds})
         log.info("checkpoint of step %d: training waited %.3f s for it", step, seconds)
 

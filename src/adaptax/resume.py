@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -19,9 +20,11 @@ from adaptax.manifest import Damaged, Manifest, clean_up, list_checkpoints, read
 from adaptax.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
+_PLAIN = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)
 
 # May change between two starts of a run. What is read and what is trained may not.
 FREE_GROUPS = ("checkpoint", "logging")
+GROUPS = ("model", "data", "optimizer", "schedule", "training", *FREE_GROUPS)
 FREE_KEYS = (
     "name",
     "data.cache",
@@ -132,9 +135,10 @@ def join_start(config: Config, text: str) -> tuple[Start, RunFolder]:
 
 def _find_source(path: Path) -> RunFolder:
     if step_of(path) is not None:
+        folder = RunFolder(path.absolute().parents[1])
         if not path.is_dir():
-            raise UserError(f"checkpoint.resume={path}: no such checkpoint; {_list_good(RunFolder(path.parents[1]))}")
-        return RunFolder(path.absolute().parents[1])
+            raise UserError(f"checkpoint.resume={path}: no such checkpoint; {_list_good(folder)}")
+        return folder
     if not path.is_dir():
         raise UserError(
             f"checkpoint.resume={path}: no such folder; it is auto, never, a run's folder or one of its checkpoints"
@@ -203,9 +207,9 @@ def read_config(folder: RunFolder) -> dict[str, Any] | None:
         values = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{folder.config} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or any(not isinstance(values.get(group, {}), dict) for group in GROUPS):
         raise UserError(f"{folder.config} is not a run's configuration")
     return values
 
@@ -223,8 +227,8 @@ def check_config(saved: Mapping[str, Any], config: Config, what: str, *, is_fork
     before, now = _flatten(saved), _flatten(dataclasses.asdict(config))
     changed = [key for key in now if key in before and before[key] != now[key]]
     changed += [key for key in now if key not in before]
-    others = LAYOUT_KEYS if config.data.streaming else LAYOUT_KEYS + NAMED_KEYS
-    others += FORK_KEYS if is_fork else ()
+    others = {*LAYOUT_KEYS, *NAMED_KEYS, *(FORK_KEYS if is_fork else ())}
+    others -= {"data.train"} if config.data.streaming else set()
     refused = [key for key in changed if not _is_free(key) and key not in others]
     told = [f"{k} {_show(before.get(k))} -> {_show(now[k])}" for k in changed if k not in START_KEYS]
     if refused:
@@ -331,7 +335,10 @@ def how_to_resume(folder: RunFolder) -> str:
     with contextlib.suppress(ValueError):
         path = path.relative_to(Path.cwd())
     program = f"python {shlex.quote(sys.argv[0])}" if sys.argv[0].endswith(".py") else "adaptax"
-    return f"go on with: {program} checkpoint.resume={shlex.quote(str(path))}"
+    text = str(path)
+    if not _PLAIN.fullmatch(text) or text in ("null", "true", "false"):  # Hydra wants quotes of its own
+        text = '"' + text.replace('"', '\\"') + '"'
+    return f"go on with: {program} {shlex.quote(f'checkpoint.resume={text}')}"
 
 
 def _is_free(key: str) -> bool:
@@ -342,7 +349,7 @@ def _flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested groups as dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping) and name in ("model", "data", "optimizer", "schedule", *FREE_GROUPS, "training"):
+        if isinstance(value, Mapping) and name in GROUPS:
             flat |= {f"{name}.{key}": inner for key, inner in value.items()}
         else:
             flat[name] = value

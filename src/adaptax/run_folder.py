@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter; only there when the run has come to its end."""
+        """The trained adapter, written when a run comes to its end."""
         return self.path / "adapter"
 
     @property
@@ -84,6 +86,21 @@ class RunFolder:
             raise UserError(
                 f"{self.path} cannot be written to: {error.strerror}; choose another hydra.run.dir"
             ) from None
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Says in one line that the disk is full, or cannot be written to.
+
+        Raises:
+          UserError: in place of the OSError.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            file = error.filename or f"a file of {self.path}"
+            raise UserError(f"{file} cannot be written: {error.strerror}; make room, then start again") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,10 +6,11 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -113,10 +114,10 @@ class StopSignals:
             second = self._receive(receiver, self._grace_seconds)
         except TimeoutError:
             log.warning("not saved within checkpoint.grace_seconds=%g: stopped without", self._grace_seconds)
-            os._exit(128 + first)
+            _leave(first)
         if second is not None:
             log.warning("%s again: stopped at once, nothing more is saved", signal.Signals(second).name)
-            os._exit(128 + first)
+            _leave(first)
 
     def _receive(self, receiver: socket.socket, timeout: float | None) -> int | None:
         """The next signal that is ours; None when this object is left."""
@@ -126,3 +127,9 @@ class StopSignals:
             received = receiver.recv(1)
             if not received or received[0] in self._previous:
                 return received[0] if received else None
+
+
+def _leave(number: int) -> NoReturn:
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # the cursor, which the progress bar hides
+    os._exit(128 + number)

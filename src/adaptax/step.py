@@ -92,7 +92,7 @@ def build_train_step(
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         updates, moments = optimizer.update(grads, state.optimizer, state.adapters)
         new = optax.apply_updates(state.adapters, updates), moments
-        for array in new[0].values():  # a learning rate may be too large for a gradient that is finite
+        for array in jax.tree.leaves(new[0]):  # a learning rate may be too large for a gradient that is finite
             is_finite &= jnp.isfinite(array).all()
         adapters, moments = jax.tree.map(
             lambda new, old: jnp.where(is_finite, new, old), new, (state.adapters, state.optimizer)

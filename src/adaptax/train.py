@@ -74,7 +74,7 @@ def run(start: Start, mesh: Mesh, folder: RunFolder, stop: StopSignals) -> float
         if is_complete:
             save_peft(prepared.job, gather(state.adapters), folder.adapter)
             compare_answers(prepared.tokenizer, before, answer(state.adapters), int(state.step), recorder)
-            write_summary(folder, int(state.step), recorder.progress)
+            write_summary(folder, int(state.step), prepared.job.num_steps, recorder.progress)
     finally:
         saver.close()
         recorder.close()
@@ -138,6 +138,9 @@ def train_loop(
         raise UserError(failure)
     if recorder.lost:
         raise UserError(recorder.lost)
+    if recorder.is_exhausted and step < job.num_steps:
+        words = "stopped early after step %d of %d: %d evaluations without a better loss than %.4f"
+        log.info(words, step, job.num_steps, recorder.progress.num_worse, recorder.progress.reference_loss)
     if number:
         raise Interrupted(number)
     return state, step == job.num_steps or recorder.is_exhausted
@@ -196,7 +199,7 @@ def read_past(
     progress = Progress(**manifest.progress)
     if start.is_fork:  # the best checkpoint lies elsewhere
         progress = replace(progress, best_step=None, best_loss=None)
-    source = RunFolder(start.checkpoints[0][0].parents[1])
+    source = RunFolder(start.checkpoints[0][0].absolute().parents[1])
     return read_rows(source.metrics, manifest.step), progress
 
 
@@ -212,9 +215,9 @@ def save_peft(job: Job, adapters: Mapping[str, np.ndarray], directory: Path) -> 
         save_peft_adapter(directory, adapters, job.spec, job.family, job.arch, job.source)
 
 
-def write_summary(folder: RunFolder, step: int, progress: Progress) -> None:
+def write_summary(folder: RunFolder, step: int, num_steps: int, progress: Progress) -> None:
     """How the run ended; that it is there means that it has."""
-    summary = {"step": step, "final_loss": progress.final_loss}
+    summary = {"step": step, "stopped_early": step < num_steps, "final_loss": progress.final_loss}
     summary |= {"best_step": progress.best_step, "best_loss": progress.best_loss}
     if is_main():
         write_text(folder.summary, json.dumps(summary, indent=1) + "\n")

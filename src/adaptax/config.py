@@ -171,7 +171,7 @@ class CheckpointConfig:
         "``checkpoints/step_N``."
     )
     grace_seconds: float = knob(
-        "How long after a signal (SIGTERM, Ctrl-C, SIGUSR1, SIGUSR2) the run may take to save and end.", above=0
+        "How long after a signal (SIGTERM, Ctrl-C, SIGHUP, SIGUSR1, SIGUSR2) the run may take to save and end.", above=0
     )
 
 

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(BaseException):

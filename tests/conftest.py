@@ -24,6 +24,10 @@ os.environ.setdefault("HF_HOME", str(_home_cache / "huggingface"))
 os.environ.setdefault("MPLCONFIGDIR", str(_home_cache / "matplotlib"))
 os.environ["XDG_CACHE_HOME"] = str(_session_cache)
 os.environ["HF_DATASETS_CACHE"] = str(_session_cache / "datasets")
+# Many tests, and their processes, compile the same small programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_session_cache / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 atexit.register(shutil.rmtree, _session_cache, ignore_errors=True)
 
 from adaptax.data.tokenizer import Tokenizer  # noqa: E402

@@ -137,6 +137,29 @@ def make_config(home: Path, changes: Mapping[str, Any] | None = None) -> Config:
     return build(values)
 
 
+def value_of(config: Config, key: str) -> Any:
+    """By dotted key."""
+    group, _, name = key.rpartition(".")
+    return getattr(getattr(config, group) if group else config, name)
+
+
+def change(config: Config, changes: dict[str, Any]) -> Config:
+    """The configuration with other values, by dotted key."""
+    for key, value in changes.items():
+        group, _, name = key.rpartition(".")
+        inner = dataclasses.replace(getattr(config, group), **{name: value}) if group else value
+        config = dataclasses.replace(config, **{group or name: inner})
+    return config
+
+
+def as_overrides(changes: Mapping[str, Any]) -> list[str]:
+    """The same for the command line, in the folder where :func:`write_home` has put model and rows."""
+    here = {"model.model_size": "auto", "model.weights": "model", "model.lora_rank": 4, "model.dtype": "float32"}
+    here |= {"model.lora_module_path": ".*(q_einsum|down_proj)", "data.train": "rows.jsonl", "data.eval": "eval.jsonl"}
+    values = {key: json.dumps(value) for key, value in (here | SHORT | dict(changes)).items()}
+    return ["model=gemma3_tiny", *(f"{key}={value}" for key, value in values.items())]
+
+
 def write_home(home: Path) -> Path:
     """A user's folder: ``model``, ``rows.jsonl`` and ``eval.jsonl``."""
     write_model(home / "model")
@@ -176,6 +199,11 @@ def write_run(path: Path, config: Config, *steps: int) -> RunFolder:
         manifest = Manifest(step, "2026-01-01T00:00:00+00:00", progress.as_dict(), values, {"base": "none"}, {})
         seal(arrays.parent, manifest)
     return folder
+
+
+def end(folder: RunFolder, step: int) -> None:
+    """Ends it as a run does."""
+    folder.summary.write_text(json.dumps({"step": step, "final_loss": 1.5, "best_step": 2, "best_loss": 0.5}))
 
 
 def read_metrics(path: Path) -> Rows:

@@ -266,17 +266,9 @@ def test_a_run_that_cannot_save_its_end_says_so_and_can_be_resumed(
 
 def start(home: Path, disk: Path, rules: disks.Rules, **changes: Any) -> subprocess.CompletedProcess[str]:
     """A run as a process."""
-    values = small_runs.SHORT | EVERY | {"training.num_batches": 60, "checkpoint.every_steps": 20}
-    values |= {"logging.progress": "lines", "logging.tensorboard": True, "logging.plot": True, "model.lora_rank": 4}
-    values |= {
-        "model.model_size": "auto",
-        "model.weights": "model",
-        "data.train": "rows.jsonl",
-        "data.eval": "eval.jsonl",
-    }
-    values |= {"model.lora_module_path": ".*(q_einsum|down_proj)"}
-    values |= {"model.dtype": "float32", "hydra.run.dir": str(disk / "run")} | changes
-    overrides = ["model=gemma3_tiny", *(f"{key}={json.dumps(value)}" for key, value in values.items())]
+    values = EVERY | {"training.num_batches": 60, "checkpoint.every_steps": 20, "hydra.run.dir": str(disk / "run")}
+    values |= {"logging.tensorboard": True, "logging.plot": True}
+    overrides = small_runs.as_overrides(values | changes)
     environment = {name.upper(): str(value) for name, value in small_runs.compilation_cache().items()}
     command = [sys.executable, disks.__file__, str(disk), json.dumps(rules), *overrides]
     return subprocess.run(

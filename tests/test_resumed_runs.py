@@ -110,7 +110,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [*list(KINDS)[:-1], pytest.param(list(KINDS)[-1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [next(iter(KINDS)), *(pytest.param(k, marks=pytest.mark.slow) for k in [*KINDS][1:])])
 def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(
     home: Path, tmp_path: Path, monkeypatch, kind: str
 ) -> None:
@@ -257,6 +257,7 @@ def test_another_folder_begins_where_the_run_was_and_leaves_it_alone(
     assert steps_in(tmp_path / "fork") == [6]
 
 
+@pytest.mark.slow
 def test_another_learning_rate_counts_from_the_step_on(
     stopped: Path, straight: Path, home: Path, tmp_path: Path
 ) -> None:

@@ -53,3 +53,15 @@ def behind_last_save(run: Started, folder: RunFolder, rng: random.Random) -> Non
 def next_step(folder: RunFolder, rng: random.Random) -> int:
     """A step that is still to come, a little behind the newest checkpoint."""
     return min(newest_step(folder) + rng.randint(3, 9), NUM_STEPS)
+
+
+MOMENTS = [in_start_up] * 5 + [in_compilation] * 3 + [in_restoring] * 2
+MOMENTS += [in_evaluation] * 3 + [in_training] * 4 + [in_save] * 4
+LAST_MOMENTS = [in_last_save, behind_last_save]
+random.Random(0).shuffle(MOMENTS)
+HALVES = [MOMENTS[k::2] + LAST_MOMENTS for k in range(2)]
+assert sum(map(len, HALVES)) == 25
+
+# Of two processes, and which of them are killed.
+TOGETHER = [(in_start_up, [0, 1]), (in_training, [1]), (in_training, [0])]
+TOGETHER += [(in_save, [0, 1]), (in_start_up, [1]), (in_evaluation, [1, 0])]

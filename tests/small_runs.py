@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from adaptax.models.gemma3_weights import tensor_shapes
 from adaptax.optim import build_optimizer
 from adaptax.progress import Progress
 from adaptax.resume import find_start
-from adaptax.run_folder import RunFolder, write_text
+from adaptax.run_folder import RunFolder
 from adaptax.signals import StopSignals
 from adaptax.step import TrainState, init_state
 from rows import chat
@@ -62,30 +60,6 @@ SHORT = {
 
 
 # Whole runs
-
-
-def compilation_cache() -> dict[str, Any]:
-    """Settings of jax with which runs of one session share what they have compiled."""
-    return {
-        "jax_compilation_cache_dir": f"{os.environ['XDG_CACHE_HOME']}/compiled",  # of this session: conftest.py
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-
-
-@contextlib.contextmanager
-def cached_compilation() -> Iterator[None]:
-    """Has them in this process while it is entered."""
-    from jax.experimental.compilation_cache import compilation_cache as cache
-
-    wanted = compilation_cache()
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for values in (wanted, before):
-        cache.reset_cache()
-        for name, value in values.items():
-            jax.config.update(name, value)
-        if values is wanted:
-            yield
 
 
 def write_model(directory: Path, seed: int = 0) -> Path:
@@ -177,8 +151,8 @@ def train(path: Path, config: Config) -> Rows:
     with StopSignals(grace_seconds=30) as stop:
         start = find_start(config, folder)
         if not start.summary:
-            folder.summary.unlink(missing_ok=True)
-            write_text(folder.config, yaml.safe_dump(dataclasses.asdict(start.config), sort_keys=False))
+            if not start.checkpoints:
+                folder.begin(dataclasses.asdict(start.config))
             run(start, support.make_mesh(*start.config.model.mesh_shape[0]), folder, stop)
     return read_metrics(path)
 

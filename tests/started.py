@@ -58,6 +58,19 @@ from adaptax.cli import main
 main()
 """
 
+# A terminal that is closed when a bar in it has come to the first steps; ends as the program in it does.
+TERMINAL = """\
+import os, pty, re, sys
+process, terminal = pty.fork()
+if not process:
+    os.execv(sys.argv[1], sys.argv[1:])
+shown = b""
+while not re.search(rb"step [1-9]\\d*/", shown):
+    shown += os.read(terminal, 4096)
+os.close(terminal)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+
 
 class Started:
     """A process in a session of its own; what it says goes to a file. Leave it (``with``) and it is gone."""
@@ -143,6 +156,11 @@ class Bench:
             self.start(folder, *options, script=script, **together, JAX_PROCESS_ID="1") as second,
         ):
             yield first, second
+
+    def start_in_terminal(self, folder: str, *options: str) -> Started:
+        """Starts a run in a terminal that is closed after the first steps."""
+        run = [sys.executable, SCRIPT, *OPTIONS, f"hydra.run.dir={folder}", "logging.progress=bar", *options]
+        return self.call([sys.executable, "-c", TERMINAL, *run])
 
     def call(self, command: Iterable[str | Path], **variables: str) -> Started:
         """Starts any command in the user's folder."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -28,12 +27,6 @@ from small_runs import losses_of, make_config, train
 EVERY = {"checkpoint.every_steps": 2, "logging.progress": "lines", "logging.every_steps": 1}
 FULL = "No space left on device"
 NOISE = ("Traceback", "Logging error", "Exception ignored", "Exception in thread", "Event loop", "never awaited")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once() -> Iterator[None]:
-    with small_runs.cached_compilation():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -269,11 +262,8 @@ def start(home: Path, disk: Path, rules: disks.Rules, **changes: Any) -> subproc
     values = EVERY | {"training.num_batches": 60, "checkpoint.every_steps": 20, "hydra.run.dir": str(disk / "run")}
     values |= {"logging.tensorboard": True, "logging.plot": True}
     overrides = small_runs.as_overrides(values | changes)
-    environment = {name.upper(): str(value) for name, value in small_runs.compilation_cache().items()}
     command = [sys.executable, disks.__file__, str(disk), json.dumps(rules), *overrides]
-    return subprocess.run(
-        command, cwd=home, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.slow

@@ -78,13 +78,6 @@ def begun(request: pytest.FixtureRequest, bench: Bench, reference: Reference) ->
 
 # Kills
 
-MOMENTS = [moments.in_start_up] * 5 + [moments.in_compilation] * 3 + [moments.in_restoring] * 2
-MOMENTS += [moments.in_evaluation] * 3 + [moments.in_training] * 4 + [moments.in_save] * 4
-LAST_MOMENTS = [moments.in_last_save, moments.behind_last_save]
-random.Random(0).shuffle(MOMENTS)
-HALVES = [MOMENTS[k::2] + LAST_MOMENTS for k in range(2)]
-assert sum(map(len, HALVES)) == 25
-
 
 def killed(bench: Bench, reference: Reference) -> None:
     """The first half of 25 kills."""
@@ -98,7 +91,7 @@ def killed_too(bench: Bench, reference: Reference) -> None:
 
 def kill_again_and_again(bench: Bench, reference: Reference, half: int) -> None:
     folder, rng, told = bench.folder(f"killed_{half}"), random.Random(half), []
-    for moment in HALVES[half]:
+    for moment in moments.HALVES[half]:
         with bench.start(folder.path.name) as run:
             moment(run, folder, rng)
             run.send(signal.SIGKILL)
@@ -227,10 +220,19 @@ def time_end(run: Started, number: int) -> float:
     return time.monotonic() - started
 
 
-# Two processes of one run
+def stopped_by_a_closed_terminal(bench: Bench, reference: Reference) -> None:
+    """In which a progress bar is drawn, and now cannot be."""
+    folder = bench.folder("terminal")
+    with bench.start_in_terminal("terminal") as run:
+        assert run.end() == 129, run.text
+    assert 0 < newest_step(folder) < NUM_STEPS
+    assert "stopped by SIGHUP: saved" in (folder.path / "run.log").read_text()
+    with bench.start("terminal") as run:
+        assert run.end() == 0, run.text
+    check_same(folder, reference)
 
-TOGETHER_MOMENTS = [(moments.in_start_up, [0, 1]), (moments.in_training, [1]), (moments.in_training, [0])]
-TOGETHER_MOMENTS += [(moments.in_save, [0, 1]), (moments.in_start_up, [1]), (moments.in_evaluation, [1, 0])]
+
+# Two processes of one run
 
 
 def two_processes(bench: Bench, reference: Reference) -> None:
@@ -241,7 +243,7 @@ def two_processes(bench: Bench, reference: Reference) -> None:
         assert [process.end() for process in both] == [0, 0], (both[0].text, both[1].text)
     (undisturbed,) = bench.home.glob("outputs/two/*/*")  # of process 0, and none of the other's
     folder, rng = bench.folder("two"), random.Random(0)
-    for moment, numbers in TOGETHER_MOMENTS:
+    for moment, numbers in moments.TOGETHER:
         with bench.start_two("two", small) as both:
             moment(both[0], folder, rng)
             for number in numbers:
@@ -381,7 +383,13 @@ def copy_reference(bench: Bench, name: str) -> RunFolder:
 
 
 CHAINS: list[Chain] = [two_processes, killed, killed_too, stopped, stopped_under_a_launcher, stopped_at_once]
-CHAINS += [bad_row_late_in_a_stream, sweep, two_processes_of_which_one_fails, second_run_on_a_folder]
+CHAINS += [
+    stopped_by_a_closed_terminal,
+    bad_row_late_in_a_stream,
+    sweep,
+    two_processes_of_which_one_fails,
+    second_run_on_a_folder,
+]
 CHAINS += [runs_that_start_together, finished_run_with_more_epochs, torn_metrics]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from adaptax.config import UserError
 from adaptax.run_folder import RunFolder, write_text
-from small_runs import as_overrides, compilation_cache, write_home
+from small_runs import as_overrides, write_home
 
 SCRIPT = Path(__file__).parents[1] / "run_training.py"
 SECRET = "hf_" + "Sup3rSecret" * 3
@@ -77,11 +77,10 @@ def test_what_a_run_writes_is_for_all_to_read_and_holds_no_secret(tmp_path: Path
     changes = {"training.num_batches": 2, "hydra.run.dir": "run", "logging.tensorboard": True, "logging.plot": True}
     changes |= {"optimizer.learning_rate": 3e38, "optimizer.max_grad_norm": None}  # the second batch is written down
     overrides = as_overrides(changes)
-    cache = {name.upper(): str(value) for name, value in compilation_cache().items()}
     done = subprocess.run(
         [sys.executable, SCRIPT, *overrides],
         cwd=home,
-        env=os.environ | cache | {"HF_TOKEN": SECRET, "HUGGING_FACE_HUB_TOKEN": SECRET, "MY_API_KEY": SECRET},
+        env=os.environ | {"HF_TOKEN": SECRET, "HUGGING_FACE_HUB_TOKEN": SECRET, "MY_API_KEY": SECRET},
         capture_output=True,
         text=True,
         umask=0o022,

@@ -34,7 +34,7 @@ from adaptax.models import find_architecture, find_family, match_modules
 from adaptax.redact import SecretFilter, check_no_secrets, redact
 from adaptax.resume import Start, bring_config, find_start, how_to_resume, join_start, share_start
 from adaptax.resume import read_config as read_saved_config
-from adaptax.run_folder import RunFolder, write_text
+from adaptax.run_folder import RunFolder
 from adaptax.signals import Interrupted, StopSignals
 
 log = logging.getLogger(__name__)
@@ -135,9 +135,8 @@ def _start(config: Config, folder: RunFolder, stop: StopSignals, stack: contextl
             start.summary["final_loss"],
         )
         return float(start.summary["final_loss"])
-    if is_first:
-        folder.summary.unlink(missing_ok=True)
-        write_text(folder.config, OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(start.config))))
+    if is_first and not start.checkpoints:  # a run that is resumed may yet be refused, for its rows or weights
+        folder.begin(dataclasses.asdict(start.config))
     device_mesh = mesh.build_mesh(start.config.model.mesh_shape)
 
     from adaptax import train

@@ -202,7 +202,8 @@ class ProgressDisplay:
 
     def __exit__(self, *_: object) -> None:
         if self._bar:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # the terminal may have been closed
+                self._bar.stop()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Shows a finished step (counted from 1)."""

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,13 @@ class RunFolder:
             raise UserError(
                 f"{self.path} cannot be written to: {error.strerror}; choose another hydra.run.dir"
             ) from None
+
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Writes the configuration of a run that begins or goes on; it has not ended, or no more."""
+        import yaml
+
+        self.summary.unlink(missing_ok=True)
+        write_text(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:

@@ -54,6 +54,8 @@ def run(start: Start, mesh: Mesh, folder: RunFolder, stop: StopSignals) -> float
         check_room(folder, config.checkpoint.keep, state, has_best=prepared.feed.eval_batches is not None)
     base = load_base(prepared)
     identity = check_inputs(prepared, base, manifest)
+    if manifest and is_main():
+        folder.begin(dataclasses.asdict(config))
     log.info("base weights from %s; start-up took %.1f s", prepared.job.source, time.monotonic() - started)
 
     evaluate = build_evaluate(prepared, base, stop)

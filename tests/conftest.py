@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,10 @@ def run(home: Path, tmp_path: Path) -> Callable[..., Answer]:
     site = tmp_path / "site"
     site.mkdir()
     return functools.partial(start_process, home, site)
+
+
+@pytest.fixture(scope="module")
+def collected() -> Iterator[None]:
+    """Leaves no garbage of a module's tests to those of another."""
+    yield
+    gc.collect()

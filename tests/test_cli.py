@@ -212,12 +212,12 @@ def test_what_a_run_is_given_is_written_into_its_own_folder(run: Callable[..., A
     assert (values["model"]["lora_rank"], values["data"]["train"]) == (8, "rows.jsonl")
 
 
-def test_a_folder_that_holds_a_run_is_refused_and_left_as_it_was(run: Callable[..., Answer], home: Path) -> None:
+def test_a_folder_of_something_else_is_refused_and_left_as_it_was(run: Callable[..., Answer], home: Path) -> None:
     folder = home / "earlier"
     folder.mkdir()
     files = {"metrics.jsonl": '{"step": 1}\n', "config.yaml": "name: earlier\n"}
     for name, text in files.items():
         (folder / name).write_text(text)
-    expect_error(run, [ROWS, "hydra.run.dir=earlier"], ["earlier holds an earlier run", "hydra.run.dir"])
+    expect_error(run, [ROWS, "hydra.run.dir=earlier"], ["earlier/config.yaml is not a run's configuration"])
     assert {name: (folder / name).read_text() for name in files} == files
-    assert "holds an earlier run" in (folder / "run.log").read_text()  # the log tells why a run stopped
+    assert "not a run's configuration" in (folder / "run.log").read_text()  # the log tells why a run stopped

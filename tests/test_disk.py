@@ -24,6 +24,11 @@ from adaptax.run_folder import RunFolder
 from command_line import Answer
 from small_runs import losses_of, make_config, train
 
+# Where Orbax fails, coroutines are left behind; what they say when they are collected concerns no later test.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning"),
+    pytest.mark.usefixtures("collected"),
+]
 EVERY = {"checkpoint.every_steps": 2, "logging.progress": "lines", "logging.every_steps": 1}
 FULL = "No space left on device"
 NOISE = ("Traceback", "Logging error", "Exception ignored", "Exception in thread", "Event loop", "never awaited")
@@ -132,7 +137,6 @@ def test_a_save_on_a_full_disk_is_told_and_the_next_one_finds_room(disk: Path, c
     assert not any(noise in "".join(capfd.readouterr()) for noise in NOISE)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the command line passes it over
 def test_a_disk_that_fills_up_while_a_save_is_written_leaves_the_others_whole(disk: Path) -> None:
     """It has room when the save begins."""
     folder, state = RunFolder(disk), small_runs.make_state(support.make_mesh())

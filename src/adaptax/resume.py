@@ -209,8 +209,10 @@ def read_config(folder: RunFolder) -> dict[str, Any] | None:
         return None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{folder.config} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or any(not isinstance(values.get(group, {}), dict) for group in GROUPS):
-        raise UserError(f"{folder.config} is not a run's configuration")
+    if not isinstance(values, dict) or not all(isinstance(values.get(group, {}), dict) for group in GROUPS):
+        values = {}
+    if "model" not in values:
+        raise UserError(f"{folder.config} is not a run's configuration: choose another folder")
     return values
 
 
@@ -232,7 +234,7 @@ def check_config(saved: Mapping[str, Any], config: Config, what: str, *, is_fork
     refused = [key for key in changed if not _is_free(key) and key not in others]
     told = [f"{k} {_show(before.get(k))} -> {_show(now[k])}" for k in changed if k not in START_KEYS]
     if refused:
-        words = [f"{key} was {_show(before.get(key))}, not {_show(now[key])}" for key in refused]
+        words = [f"{k} was {_show(before[k]) if k in before else 'not set'}, not {_show(now[k])}" for k in refused]
         fork = "; another folder may begin from its checkpoints/step_N with other values"
         raise UserError(
             f"{what} cannot go on with another configuration: {'; '.join(words)}. Give what it was begun with, or "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,19 @@ def test_a_named_run_or_step_goes_on_in_its_folder_or_begins_another(
         assert here.is_named == there.is_named == (resume == step)
     used = write_run(tmp_path / "used", config, 1)
     assert "holds an earlier run: to begin from" in refused(named, used)
+
+
+def test_a_run_that_began_from_another_goes_on_where_it_was(config: Config, folder: RunFolder, tmp_path: Path) -> None:
+    """A queue starts it again with the same command."""
+    step = folder.checkpoints / name_step(2)
+    fork = change(config, {"checkpoint.resume": str(step), "optimizer.learning_rate": 0.5})
+    new = write_run(tmp_path / "new", fork)
+    first = find_start(fork, new)
+    assert (first.is_fork, first.is_named, steps_of(first)) == (True, True, [2])
+    shutil.rmtree(new.path)
+    again = find_start(fork, write_run(new.path, fork, 3))
+    assert (again.is_fork, again.is_named, steps_of(again), again.config) == (False, False, [3], fork)
+    assert "optimizer.learning_rate was 0.5, not" in refused(change(fork, {"optimizer.learning_rate": 0.25}), new)
 
 
 @pytest.mark.parametrize("where", [".", "..", "checkpoints"])

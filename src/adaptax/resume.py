@@ -77,7 +77,8 @@ class Start:
     @property
     def is_named(self) -> bool:
         """Whether one step was asked for, and no other will do."""
-        return step_of(Path(self.config.checkpoint.resume)) is not None
+        path = Path(self.config.checkpoint.resume).absolute()
+        return step_of(path) is not None and path in (found.absolute() for found, _ in self.checkpoints)
 
 
 def find_start(config: Config, folder: RunFolder) -> Start:
@@ -99,9 +100,12 @@ def find_start(config: Config, folder: RunFolder) -> Start:
     source = folder if resume == "auto" else _find_source(Path(resume))
     is_fork = source.path.resolve() != folder.path.resolve()
     if is_fork and folder.is_used():
-        raise UserError(f"{folder.path} holds an earlier run: to begin from {resume}, choose another hydra.run.dir")
-    if not is_fork:
-        clean_up(folder.checkpoints)
+        if (read_config(folder) or {}).get("checkpoint", {}).get("resume") != resume:
+            raise UserError(f"{folder.path} holds an earlier run: to begin from {resume}, choose another hydra.run.dir")
+        if list_checkpoints(folder.checkpoints):  # it began there, and was stopped: a queue starts it again
+            start = find_start(_set_resume(config, "auto"), folder)
+            return replace(start, config=_set_resume(start.config, resume))
+    clean_up(folder.checkpoints)
     if step_of(Path(resume)) is not None:
         try:
             good = [(Path(resume), read_checkpoint(Path(resume)))]
@@ -115,6 +119,10 @@ def find_start(config: Config, folder: RunFolder) -> Start:
     config = check_config(manifest.config, config, f"the run in {source.path}", is_fork=is_fork)
     summary = None if is_fork or step_of(Path(resume)) is not None else _find_end(config, folder, manifest)
     return Start(config, tuple(good), is_fork, summary)
+
+
+def _set_resume(config: Config, resume: str) -> Config:
+    return replace(config, checkpoint=replace(config.checkpoint, resume=resume))
 
 
 def share_start(start: Start, folder: RunFolder) -> str:

@@ -52,6 +52,8 @@ def run_config(data: cfg.DataConfig, mesh_shape: Any = None, **training: Any) ->
     values: dict[str, Any] = {
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 2,
+        "global_batch_size": None,
+        "remat": "full",
         "num_batches": None,
         "num_epochs": 1,
         "eval_every_steps": None,
@@ -60,6 +62,9 @@ def run_config(data: cfg.DataConfig, mesh_shape: Any = None, **training: Any) ->
         "early_stopping_patience": None,
         "early_stopping_min_delta": 0.0,
         "stop_after_steps": None,
+        "memory_gib": None,
+        "compile_cache_gib": 0.0,
+        "profile": None,
         "seed": 0,
     }
     return cfg.Config(
@@ -75,13 +80,15 @@ def run_config(data: cfg.DataConfig, mesh_shape: Any = None, **training: Any) ->
             weights=None,
             tokenizer=None,
             dtype="float32",
+            quantization=None,
+            attention="auto",
         ),
         data=data,
         optimizer=cfg.OptimizerConfig("sgd", 1.0, 0.0, None, None, None, None, None),
         schedule=cfg.ScheduleConfig("constant", 0, 1.0),
         training=cfg.TrainingConfig(**(values | training)),
         checkpoint=cfg.CheckpointConfig(None, None, 1, "auto", 30.0),
-        logging=cfg.LoggingConfig(1, "off", False, False),
+        logging=cfg.LoggingConfig(1, "off", False, False, None),
     )
 
 

@@ -185,6 +185,12 @@ def read_metrics(path: Path) -> Rows:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """How a run ended, but for how fast it was."""
+    summary = RunFolder(path).read_summary() or {}
+    return {name: value for name, value in summary.items() if name != "speed"}
+
+
 def losses_of(rows: Rows) -> list[tuple[int, str, float | None]]:
     """What of the metrics must be the same in a run that was stopped and resumed."""
     names = ("train_loss", "train_grad_norm", "train_learning_rate", "eval_loss")

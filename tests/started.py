@@ -23,6 +23,7 @@ from command_line import SCRIPT
 LIMIT_SECONDS = 240  # for anything that is waited for, on a machine that is busy with other things too
 SOURCE = str(SCRIPT.parent / "src")
 NUM_STEPS, EVERY = 36, 8  # how often it evaluates
+TIMES = ("seconds", "per_second", "stall_share", "mfu")  # in the names of what differs from run to run
 OPTIONS = (
     "model=gemma3_tiny",
     "model.model_size=auto",
@@ -194,7 +195,7 @@ def read_manifest(folder: RunFolder) -> dict[str, Any]:
 def read_rows(folder: RunFolder) -> list[dict[str, Any]]:
     """The metrics, but for how long anything took."""
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
-    timeless = [{k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k} for row in rows]
+    timeless = [{k: v for k, v in row.items() if not any(word in k for word in TIMES)} for row in rows]
     return [row for row in timeless if row.keys() != {"step"}]
 
 
@@ -208,7 +209,7 @@ def read_end(folder: RunFolder) -> dict[str, Any]:
         "progress": manifest["progress"],
         "step": manifest["step"],
         "rows": read_rows(folder),
-        "summary": folder.read_summary(),
+        "summary": {k: v for k, v in (folder.read_summary() or {}).items() if k != "speed"},
         "files": sorted(map(str, files)),
         "unfinished": [p.name for p in folder.checkpoints.iterdir() if p not in list_checkpoints(folder.checkpoints)],
     }

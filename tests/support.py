@@ -41,13 +41,17 @@ def model_config(weights: Path | str | None, size: str = "auto", **changes: Any)
         "weights": None if weights is None else str(weights),
         "tokenizer": None,
         "dtype": "float32",
+        "quantization": None,
+        "attention": "auto",
     }
     return cfg.ModelConfig(**(values | changes))
 
 
-def load(directory: Path | None, arch: Architecture, mesh: Mesh, dtype: Any = jnp.float32) -> Arrays:
+def load(
+    directory: Path | None, arch: Architecture, mesh: Mesh, dtype: Any = jnp.float32, quantization: str | None = None
+) -> Arrays:
     """Base weights from a checkpoint, or random ones."""
-    described = describe_weights(directory, arch, FAMILY.checkpoint, mesh, dtype)
+    described = describe_weights(directory, arch, FAMILY.checkpoint, mesh, dtype, quantization)
     return load_weights(directory, arch, FAMILY.checkpoint, described, seed=0)
 
 

@@ -183,7 +183,8 @@ def test_custom_model_from_a_folder_of_ones_own(tmp_path: Path) -> None:
     shown = yaml.safe_load(done.stdout)
     rest = compose()["model"]
     assert shown["model"] == rest | yaml.safe_load(CUSTOM)
-    assert set(shown["model"]) - set(yaml.safe_load(CUSTOM)) == {"lora_dropout", "weights", "tokenizer", "dtype"}
+    others = {"lora_dropout", "weights", "tokenizer", "dtype", "quantization", "attention"}
+    assert set(shown["model"]) - set(yaml.safe_load(CUSTOM)) == others
     assert shown["training"]["num_batches"] == 3
 
 

@@ -14,7 +14,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from adaptax import cli
-from adaptax.config import Config, UserError, build, check_divisible, key_paths, mesh_sizes, one_of, unknown_key
+from adaptax.config import Config, UserError, build, check_divisible, key_paths, mesh_sizes
+from adaptax.schema import one_of, unknown_key
 
 Values = dict[str, Any]
 AXES = ["fsdp", "tp"]

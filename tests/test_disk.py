@@ -178,7 +178,7 @@ def test_nothing_waits_for_a_folder_that_could_not_be_made(disk: Path, caplog, c
 def test_rows_and_events_wait_for_room(disk: Path, caplog) -> None:
     """TensorBoard's own writer would end in a thread, and the training wait for it for ever."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = MetricsLog(disk, LoggingConfig(every_steps=1, progress="off", tensorboard=True, plot=False))
+    log = MetricsLog(disk, LoggingConfig(1, "off", tensorboard=True, plot=False, peak_tflops=None))
     for step in range(1, 401):
         if step == 100:
             disks.act(disk, "fill:0")
@@ -201,7 +201,7 @@ def test_rows_and_events_wait_for_room(disk: Path, caplog) -> None:
 
 def test_events_of_a_future_that_was_taken_back_are_not_shown(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config = LoggingConfig(every_steps=1, progress="off", tensorboard=True, plot=False)
+    config = LoggingConfig(1, "off", tensorboard=True, plot=False, peak_tflops=None)
     for first, last, earlier in ((1, 5, []), (3, 6, [{"step": 1, "train_loss": 0.0}, {"step": 2, "train_loss": 0.0}])):
         log = MetricsLog(tmp_path, config, earlier)
         for step in range(first, last):

@@ -27,10 +27,11 @@ from omegaconf import OmegaConf, open_dict
 from adaptax import cli
 from adaptax.compose import COMMANDS as NAMES
 from adaptax.compose import check_arguments, find_conf, given_keys, teach_hydra
-from adaptax.config import build, key_paths, unknown_key
+from adaptax.config import build, key_paths
 from adaptax.manifest import step_of
 from adaptax.models import FAMILIES
 from adaptax.resume import bring_config
+from adaptax.schema import unknown_key
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "adaptax"
@@ -109,7 +110,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in named_runs():
         (folder / path).mkdir(parents=True, exist_ok=True)
         run = folder / path if step_of(path) is None else folder / path.parents[1]
-        (run / "config.yaml").write_text("data: {train: chats.jsonl}\n", encoding="utf-8")
+        (run / "config.yaml").write_text("model: {}\ndata: {train: chats.jsonl}\n", encoding="utf-8")
     return folder
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+import small_runs
 import support
 from adaptax.config import UserError
 from adaptax.mesh import build_mesh
@@ -86,13 +87,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     command = [
         sys.executable,
         str(root / "run_training.py"),
-        "model=gemma3_tiny",
-        "data=home",
-        "training.num_batches=3",
-        "training.micro_batch_size=4",
-        "model.mesh_shape=[[2,2],[fsdp,tp]]",
-        "logging.tensorboard=false",
+        *small_runs.as_overrides({"training.num_batches": 3, "model.mesh_shape": [[2, 2], ["fsdp", "tp"]]}),
     ]
+    home = small_runs.write_home(tmp_path / "home")
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
 
     def start(folder: str, devices: int, **variables: str) -> subprocess.Popen[str]:
@@ -100,6 +97,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         return subprocess.Popen(
             [*command, f"hydra.run.dir={tmp_path / folder}"],
             env=environment | flags | variables,
+            cwd=home,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

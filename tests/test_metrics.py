@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from adaptax.config import LoggingConfig
-from adaptax.metrics import MetricsLog, ProgressDisplay
+from adaptax.metrics import MetricsLog, ProgressDisplay, describe_step
 
-QUIET = LoggingConfig(every_steps=2, progress="lines", tensorboard=False, plot=False)
+QUIET = LoggingConfig(every_steps=2, progress="lines", tensorboard=False, plot=False, peak_tflops=None)
 ROW = {
     "train_loss": 1.5,
     "train_learning_rate": 1e-4,
@@ -31,7 +31,7 @@ def test_every_row_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
 
 def test_tensorboard_reads_the_scalars(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = MetricsLog(tmp_path, LoggingConfig(every_steps=1, progress="off", tensorboard=True, plot=False))
+    log = MetricsLog(tmp_path, LoggingConfig(1, "off", tensorboard=True, plot=False, peak_tflops=None))
     for step in (1, 2):
         log.write(step, {"train_loss": 3.0 - step})
     log.close()
@@ -48,6 +48,14 @@ def test_without_a_terminal_lines_tell_loss_rate_speed_padding_and_time_left(cap
     assert [line.split()[1] for line in lines] == ["1/5", "2/5", "4/5", "5/5"]
     assert "loss 1.5000  lr 1.00e-04  1,234 trained tok/s  padding 25%" in lines[1]
     assert lines[-1].endswith("0:00:00 left")
+
+
+def test_a_line_tells_mfu_where_it_is_known_and_waiting_where_it_is_much() -> None:
+    plain = describe_step(ROW)
+    assert describe_step(ROW | {"train_mfu": None, "train_input_stall_share": 0.04}) == plain
+    assert describe_step(ROW | {"train_mfu": 0.4123, "train_input_stall_share": 0.0}) == f"{plain}  MFU 41.2%"
+    both = describe_step(ROW | {"train_mfu": 0.4123, "train_input_stall_share": 0.123})
+    assert both == f"{plain}  MFU 41.2%  waiting for input 12%"
 
 
 def test_other_processes_write_and_say_nothing(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 import small_runs
 from adaptax.config import UserError
+from adaptax.data.pipeline import load_data
+from adaptax.data.tokenizer import Tokenizer
 from rows import chat
 
 
@@ -97,3 +99,47 @@ def test_a_run_that_has_lost_its_numbers_stops_saved_and_says_what_to_do(tmp_pat
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000004"]
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_rows_and_the_summary_tell_how_fast_a_run_was(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peak = {"logging.peak_tflops": 0.5, "model.mesh_shape": [[2, 1], ["fsdp", "tp"]], "training.micro_batch_size": 2}
+    with caplog.at_level(logging.INFO, "adaptax"):
+        rows = small_runs.train(tmp_path, small_runs.make_config(home, peak))
+    steps = [row for row in rows if "train_loss" in row]
+    for row in steps:
+        seconds, padding = row["train_step_seconds"], row["train_padding_share"]
+        assert row["train_tokens_per_second"] == pytest.approx(row["train_supervised_tokens"] / seconds)
+        nonpadding, total = row["train_nonpadding_tokens_per_second"], row["train_total_tokens_per_second"]
+        assert row["train_tokens_per_second"] < nonpadding < total
+        assert nonpadding / total == pytest.approx(1 - padding)
+        assert row["train_mfu"] == pytest.approx(row["train_model_tflops_per_second"] / (2 * 0.5))  # two devices
+        assert 0 <= row["train_input_stall_share"] <= 1
+    speed = json.loads((tmp_path / "summary.json").read_text())["speed"]
+    assert (speed["num_steps"], speed["num_typical_steps"]) == (6, 5)
+    assert speed["seconds"] == pytest.approx(sum(row["train_step_seconds"] for row in steps))
+    assert speed["trained_tokens"] == sum(row["train_supervised_tokens"] for row in steps)
+    tflops = [row["train_model_tflops_per_second"] * row["train_step_seconds"] for row in steps]
+    assert speed["mfu"] == pytest.approx(sum(tflops[1:]) / sum(row["train_step_seconds"] for row in steps[1:]))
+    assert sum(tflops) * 1e12 == pytest.approx(flops_by_hand(home), rel=1e-9)
+    assert "speed of 5 steps" in caplog.text
+    assert "no MFU" not in caplog.text
+
+
+def flops_by_hand(home: Path) -> float:
+    """Of all rows of ``rows.jsonl``, once each: one layer, D 32, F 64, N 4, K 1, H 8; rank 4 on q and down."""
+    data, _ = load_data(small_runs.make_config(home).data, Tokenizer(home / "model" / "tokenizer.model"))
+    tokens, pairs = data.num_tokens, int((data.examples.lengths * (data.examples.lengths + 1) // 2).sum())
+    frozen, adapters = 32 * (32 + 2 * 8 + 32) + 3 * 32 * 64, 4 * (32 + 32) + 4 * (64 + 32)
+    return 4 * frozen * tokens + 6 * adapters * tokens + 12 * 4 * 8 * pairs + 4 * 32 * 2048 * data.num_supervised
+
+
+def test_where_the_peak_is_not_known_a_line_says_how_to_set_it(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "adaptax"):
+        rows = small_runs.train(tmp_path, small_runs.make_config(home, {"training.stop_after_steps": 2}))
+    assert {row["train_mfu"] for row in rows if "train_loss" in row} == {None}
+    assert "no MFU: the peak of 'cpu' in float32 is not known; logging.peak_tflops sets it" in caplog.text
+    assert "TFLOP/s; " in caplog.text

@@ -72,7 +72,7 @@ def test_the_adapters_are_those_that_the_step_began_with(runaway, tmp_path: Path
     bare = RunFolder(tmp_path)
     done, fresh = find_state(prepared, bare, 2)
     assert done == 0
-    again = roll_forward(prepared, load_base(prepared), fresh, 0, 1)
+    again = roll_forward(*load_base(prepared), fresh, 0, 1)
     assert all(np.array_equal(again.adapters[name], adapters[name]) for name in adapters)
     assert max(np.abs(array).max() for array in adapters.values()) > 1e29
 

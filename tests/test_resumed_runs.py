@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 import small_runs
 from adaptax.config import UserError
 from adaptax.manifest import list_checkpoints, name_step, read_checkpoint, seal, step_of
-from adaptax.run_folder import RunFolder
 from small_runs import adapter_of, losses_of, make_config, train
 
 STOP = "training.stop_after_steps"
@@ -68,7 +67,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     first, second = adapter_of(one), adapter_of(other)
     assert first.keys() == second.keys()
     assert all(first[name].tobytes() == second[name].tobytes() for name in first)
-    assert (one / "summary.json").read_text() == (other / "summary.json").read_text()
+    assert small_runs.read_summary(one) == small_runs.read_summary(other) != {}
 
 
 # Stopped and resumed
@@ -313,4 +312,4 @@ def test_metrics_that_were_cut_short_or_are_gone_are_made_good(straight: Path, c
     (copy / "metrics.jsonl").unlink()
     (copy / "summary.json").unlink()
     assert train(copy, make_config(home, EVERY)) == []
-    assert RunFolder(copy).read_summary() == RunFolder(straight).read_summary()
+    assert small_runs.read_summary(copy) == small_runs.read_summary(straight)

@@ -11,7 +11,7 @@ import pytest
 import support
 from adaptax.lora import init_adapters
 from adaptax.models.gemma3_weights import SIZES
-from adaptax.step import build_eval_step
+from adaptax.step import build_eval_step, count_visible
 
 ARCH = SIZES["tiny"]
 
@@ -127,3 +127,27 @@ def test_the_evaluation_step_gives_the_same_sum_however_rows_are_grouped(base: d
     loss_2, count_2 = evaluate(adapters, base, support.shard_batch(split, mesh))
     assert int(count) == int(count_2) == batch["loss_mask"].sum()
     assert float(loss) == pytest.approx(float(loss_2), rel=1e-6)
+
+
+def test_visible_pairs_are_those_of_the_mask() -> None:
+    lengths = [[5, 9, 1], [12], []]
+    segments, positions = np.zeros((1, 3, 16), np.int32), np.zeros((1, 3, 16), np.int32)
+    for row, documents in enumerate(lengths):
+        segments[0, row, : sum(documents)] = np.repeat(range(1, len(documents) + 1), documents)
+        positions[0, row, : sum(documents)] = np.concatenate([np.arange(n) for n in (*documents, 0)])
+    index = np.arange(16)
+    same = (segments[..., None] == segments[..., None, :]) & (segments[..., None] > 0)
+    for window, (high, low) in zip((None, 4), count_visible(as_batch(segments, positions), (None, 4)), strict=True):
+        reach = index[:, None] - index[None]
+        mask = same & (reach >= 0) & (reach < (window or 16))
+        assert 256 * int(high) + int(low) == mask.sum()
+
+
+def test_visible_pairs_are_exact_where_float32_and_int32_are_not() -> None:
+    positions = np.broadcast_to(np.arange(8191, dtype=np.int32), (1, 200, 8191))
+    ((high, low),) = count_visible(as_batch(np.ones_like(positions), positions), (None,))
+    assert 256 * int(high) + int(low) == 200 * 8191 * 8192 // 2 > 2**32
+
+
+def as_batch(segments: np.ndarray, positions: np.ndarray) -> dict[str, jax.Array]:
+    return {"segments": jnp.asarray(segments), "positions": jnp.asarray(positions)}

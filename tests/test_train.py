@@ -123,6 +123,7 @@ def test_the_start_up_table_tells_what_is_adapted(tmp_path: Path, caplog) -> Non
     assert "7,680 trainable beside 1,691,136 frozen parameters" in text
     assert "model.lora_rank=2 is outside the usual 4 to 128" in text
     assert "peak" in text
+    assert "attention: xla" in text
 
 
 def test_nothing_held_out_gives_the_last_training_loss(tmp_path: Path) -> None:

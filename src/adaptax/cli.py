@@ -58,7 +58,8 @@ def main() -> None:
         elif command == "verify-resume":
             _verify_resume()
         else:
-            _run_hydra(_preview_job() if command == "preview" else _train, NO_FOLDER if command == "preview" else [])
+            job = {"preview": _preview_job, "plan": _plan_job}.get(command, lambda: _train)()
+            _run_hydra(job, NO_FOLDER if command in ("preview", "plan") else [])
     except UserError as error:
         _fail(str(error))
     except Interrupted as interrupted:
@@ -137,11 +138,19 @@ def _start(config: Config, folder: RunFolder, stop: StopSignals, stack: contextl
         return float(start.summary["final_loss"])
     if is_first and not start.checkpoints:  # a run that is resumed may yet be refused, for its rows or weights
         folder.begin(dataclasses.asdict(start.config))
-    device_mesh = mesh.build_mesh(start.config.model.mesh_shape)
+    device_mesh = _open_mesh(start.config)
 
     from adaptax import train
 
     return train.run(start, device_mesh, folder, stop)
+
+
+def _open_mesh(config: Config) -> Any:
+    """The devices of a run, and the programs that were compiled for such before."""
+    from adaptax import mesh, program_cache
+
+    program_cache.keep_programs(config.training.compile_cache_gib)
+    return mesh.build_mesh(config.model.mesh_shape)
 
 
 def _leave_others(stop: StopSignals, kind: object, error: BaseException | None, trace: object) -> None:
@@ -205,9 +214,9 @@ def _replay() -> None:
         raise UserError(f"{options.run} is no run's folder: it has no config.yaml")
     config = read_config(values)
 
-    from adaptax import mesh, replay
+    from adaptax import replay
 
-    replay.replay(config, mesh.build_mesh(config.model.mesh_shape), RunFolder(options.run), options.step)
+    replay.replay(config, _open_mesh(config), RunFolder(options.run), options.step)
 
 
 def _verify_resume() -> None:
@@ -263,6 +272,34 @@ def _preview_job() -> Callable[[DictConfig], None]:
             preview.preview(read_config(_plain(cfg)), preview.check_samples(options.rows), options.html, command)
         except UserError as error:
             _fail(str(error))
+
+    return job
+
+
+def _plan_job() -> Callable[[DictConfig], None]:
+    """What ``adaptax plan`` does with the configuration."""
+    parser = argparse.ArgumentParser(
+        prog="adaptax plan",
+        usage="adaptax plan [key=value ...]",
+        description="Tells the memory and the work of a run with the same keys, from its compiled steps: nothing is "
+        "fetched, no weight and no row is read. Exit code 1 where it does not fit.",
+        epilog="Keys are those of a run: adaptax --help",
+        allow_abbrev=False,
+    )
+    _, rest = parser.parse_known_args(sys.argv[1:])
+    if {"-m", "--multirun"} & set(rest):
+        raise UserError("adaptax plan looks at one configuration: leave --multirun out")
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            config = read_config(_plain(cfg))
+
+            from adaptax import plan
+
+            fits = plan.plan(config, _open_mesh(config))
+        except UserError as error:
+            _fail(str(error))
+        sys.exit(0 if fits else 1)
 
     return job
 

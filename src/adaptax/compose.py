@@ -21,13 +21,14 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigSource
 from omegaconf import DictConfig, OmegaConf
 
-from adaptax.config import Config, UserError, key_paths, one_of, unknown_key
+from adaptax.config import Config, UserError, key_paths
 from adaptax.manifest import step_of
 from adaptax.redact import check_no_secrets, find_secret, is_secret_name, redact
 from adaptax.resume import read_config
 from adaptax.run_folder import RunFolder
+from adaptax.schema import one_of, unknown_key
 
-COMMANDS = ("train", "preview", "replay", "checkpoints", "verify-resume")
+COMMANDS = ("train", "plan", "preview", "replay", "checkpoints", "verify-resume")
 GROUPS = ("model", "data", "optimizer", "schedule", "training", "checkpoint", "logging", "experiment")
 _MAPPED = re.compile(r"data\.(columns|filter)(\.|=|$)")  # the names in it are the user's own
 _NAMED = re.compile(r"(?:^|[{,])\s*([\w.+~/@-]+)\s*[=:]")  # the key of an override, and keys in braces behind it

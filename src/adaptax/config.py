@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
 import re
-import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional
+
+from adaptax import schema
+from adaptax.schema import UserError, build_group, knob
 
 MESH_AXES = ("fsdp", "tp")
-T = TypeVar("T")
-
-
-class UserError(Exception):
-    """Something the user can mend: shown as one line, without a traceback, exit code 1."""
-
-
-def knob(
-    doc: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-) -> Any:
-    """A configuration field: its documentation and the values it accepts."""
-    limits = {"choices": choices, "minimum": minimum, "above": above, "maximum": maximum}
-    return field(metadata={"doc": doc, **limits})
 
 
 @dataclass
@@ -58,6 +39,14 @@ class ModelConfig:
     tokenizer: Optional[str] = knob("A sentencepiece ``tokenizer.model``; null means the one beside the weights.")
     dtype: str = knob(
         "Compute type; ``auto`` is bfloat16 on GPU and TPU and float32 on CPU.", choices=("auto", "float32", "bfloat16")
+    )
+    quantization: Optional[str] = knob(
+        "Keep the frozen base's matrices in 8 or 4 bits (QLoRA); null keeps them as they are.",
+        choices=("int8", "int4", "nf4"),
+    )
+    attention: str = knob(
+        "Implementation of attention; ``auto`` takes the fastest that the device and the model allow.",
+        choices=("auto", "plain", "xla", "cudnn", "splash"),
     )
 
 
@@ -135,8 +124,22 @@ class ScheduleConfig:
 class TrainingConfig:
     """How long and in what batches (``conf/training``)."""
 
-    micro_batch_size: int = knob("Sequences in one forward pass on one fsdp slice.", minimum=1)
+    micro_batch_size: Any = knob(
+        "Sequences in one forward pass on one fsdp slice; ``auto`` is the largest that fits the device.",
+        minimum=1,
+        choices=("auto",),
+        kinds=(int, str),
+    )
     gradient_accumulation_steps: int = knob("Forward passes added up for one optimizer step.", minimum=1)
+    global_batch_size: Optional[int] = knob(
+        "Sequences of an optimizer step: sets ``gradient_accumulation_steps``; null takes what the others make.",
+        minimum=1,
+    )
+    remat: str = knob(
+        "What the backward pass computes anew instead of keeping it: ``full`` all of a layer, ``matmul`` all but the "
+        "outcomes of its matrix products, ``none`` nothing; ``auto`` the fastest that fits the device.",
+        choices=("auto", "none", "matmul", "full"),
+    )
     num_batches: Optional[int] = knob("Optimizer steps per epoch; null takes the whole dataset.", minimum=1)
     num_epochs: int = knob("Passes over the data.", minimum=1)
     eval_every_steps: Optional[int] = knob("Evaluate every so many steps; null only at the start and end.", minimum=1)
@@ -152,6 +155,13 @@ class TrainingConfig:
     )
     stop_after_steps: Optional[int] = knob(
         "Save and stop after so many steps of this start, to be resumed later; null goes on to the end.", minimum=1
+    )
+    memory_gib: Optional[float] = knob(
+        "Memory of a device that a run may take; null: what the device says it has.", above=0
+    )
+    compile_cache_gib: float = knob("Compiled programs are kept for later runs, up to this size; 0: none.", minimum=0)
+    profile: Optional[str] = knob(
+        "``START:STOP``: a trace of the steps from START to STOP - 1 for TensorBoard and Perfetto; null for none."
     )
     seed: int = knob(
         "Seed of adapters, shuffling and dropout; the held-out rows do not depend on it.", minimum=0, maximum=2**32 - 1
@@ -185,6 +195,10 @@ class LoggingConfig:
     )
     tensorboard: bool = knob("Write TensorBoard events.")
     plot: bool = knob("Draw ``loss.png``.")
+    peak_tflops: Optional[float] = knob(
+        "Floating-point operations that a device can do at best, 10^12 per second; null: by its kind.",
+        above=0,
+    )
 
 
 @dataclass
@@ -208,7 +222,7 @@ def build(values: Mapping[str, Any]) -> Config:
       UserError: naming every wrong key at once, one line.
     """
     problems: list[str] = []
-    config = _build(Config, values, "", problems)
+    config = build_group(Config, values, problems)
     if config.model and "mesh_shape" in values["model"]:
         problems += _check_mesh_shape(config.model.mesh_shape)
     if config.model and isinstance(config.model.lora_module_path, str):
@@ -216,9 +230,29 @@ def build(values: Mapping[str, Any]) -> Config:
     if config.model and isinstance(name := config.model.tokenizer, str) and not locate(name).is_file():
         problems.append(f"model.tokenizer={name}: no such file")
     problems += _check_data(config.data) if config.data else []
+    problems += _check_profile(config.training.profile) if config.training else []
     if problems:
         raise UserError("; ".join(problems))
-    return config
+    return replace(config, training=_fill_global_batch(config))
+
+
+def _fill_global_batch(config: Config) -> TrainingConfig:
+    """With as many accumulated micro-batches as ``global_batch_size`` asks for, where their size is known."""
+    training, (fsdp, _) = config.training, mesh_sizes(config.model.mesh_shape)
+    whole, size = training.global_batch_size, training.micro_batch_size
+    if whole is None:
+        return training
+    at_once = fsdp if size == "auto" else fsdp * micro_batch(training)
+    if whole % at_once:
+        of = f"fsdp={fsdp}" if size == "auto" else f"micro_batch_size={size} x fsdp={fsdp}"
+        raise UserError(f"training.global_batch_size={whole} must be a multiple of {of}")
+    num_micro = training.gradient_accumulation_steps
+    if num_micro not in (1, whole // at_once) and size != "auto":
+        raise UserError(
+            f"training.global_batch_size={whole} makes gradient_accumulation_steps {whole // at_once}, not "
+            f"{num_micro}: leave one of them out"
+        )
+    return training if size == "auto" else replace(training, gradient_accumulation_steps=whole // at_once)
 
 
 def check_training(config: Config) -> None:
@@ -231,85 +265,20 @@ def check_training(config: Config) -> None:
         raise UserError("training.early_stopping_patience needs evaluations to stop at: set training.eval_every_steps")
 
 
-def _build(cls: type[T], values: Mapping[str, Any], prefix: str, problems: list[str]) -> T:
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    problems += [unknown_key(prefix + str(key), key_paths()) for key in values if key not in fields]
-    built: dict[str, Any] = {}
-    for name, f in fields.items():
-        path, hint = prefix + name, hints[name]
-        if name not in values:
-            problems.append(f"{path} is missing")
-        elif dataclasses.is_dataclass(hint):
-            if isinstance(values[name], Mapping):
-                built[name] = _build(typing.cast(type, hint), values[name], f"{path}.", problems)
-            else:
-                problems.append(f"{path} must be a group of keys, not {values[name]!r}")
-        else:
-            built[name], problem = _check_value(path, values[name], hint, f.metadata)
-            problems += [problem] if problem else []
-    return cls(**{name: built.get(name) for name in fields})
-
-
-def _check_value(path: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> tuple[Any, str | None]:
-    """Returns the value (an int where a float is due becomes one) and what is wrong with it, or None."""
-    if hint is Any:
-        return value, None
-    is_optional = type(None) in typing.get_args(hint)
-    kind = next((t for t in typing.get_args(hint) if t is not type(None)), hint)
-    if value is None:
-        return None, None if is_optional else f"{path} must be {_kind_name(kind)}, not null"
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        return value, f"{path} must be {_kind_name(kind)}, not {value!r}"
-    if limits["choices"] and value not in limits["choices"]:
-        return value, f"{path}={value}: {one_of(str(value), limits['choices'])}"
-    if kind is float and not math.isfinite(value):
-        return value, f"{path} must be finite, not {value}"
-    for name, is_bad, words in (
-        ("minimum", lambda v, x: v < x, "at least"),
-        ("above", lambda v, x: v <= x, "more than"),
-        ("maximum", lambda v, x: v > x, "at most"),
-    ):
-        if limits[name] is not None and is_bad(value, limits[name]):
-            return value, f"{path} must be {words} {limits[name]}, not {value}"
-    return value, None
-
-
-def _kind_name(kind: Any) -> str:
-    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[kind]
-
-
-def key_paths(cls: type = Config, prefix: str = "") -> list[str]:
+def key_paths() -> list[str]:
     """Every key as a dotted path, groups included: ``model``, ``model.lora_rank``, ..."""
-    paths = []
-    for name, hint in typing.get_type_hints(cls).items():
-        paths.append(prefix + name)
-        if dataclasses.is_dataclass(hint):
-            paths += key_paths(typing.cast(type, hint), f"{prefix}{name}.")
-    return paths
+    return schema.key_paths(Config)
 
 
-def unknown_key(path: str, known: Iterable[str]) -> str:
-    """The one line that says that a key is unknown, with the closest known one."""
-    known = list(known)
-    group, _, leaf = path.rpartition(".")
-    siblings = {k.rpartition(".")[2]: k for k in known if group and k.rpartition(".")[0] == group}
-    close = [k for k in known if k.rpartition(".")[2] == leaf][:1]  # right key, wrong or missing group
-    if not close and siblings:
-        close = [siblings[name] for name in difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.55)]
-    elif not close:
-        close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    hint = f"did you mean {close[0]}?" if close else "see --cfg job for every key"
-    return f"unknown key {path}: {hint}"
+def micro_batch(training: TrainingConfig) -> int:
+    """The micro-batch size, which has been chosen by now where the configuration says ``auto``."""
+    assert isinstance(training.micro_batch_size, int), training.micro_batch_size
+    return training.micro_batch_size
 
 
-def one_of(value: str, choices: Iterable[str]) -> str:
-    """``did you mean X? It is one of X, Y, Z``, for a value that is none of the choices."""
-    choices = list(choices)
-    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    return (f"did you mean {close[0]}? " if close else "") + f"it is one of {', '.join(choices)}"
+def profiled_steps(training: TrainingConfig) -> range | None:
+    """The steps of ``training.profile``, counted from 1; None where it is not set."""
+    return range(*map(int, training.profile.split(":"))) if training.profile else None
 
 
 def mesh_sizes(mesh_shape: Any) -> tuple[int, int]:
@@ -349,6 +318,16 @@ def _check_regex(pattern: str) -> list[str]:
     except re.error as error:
         return [f"model.lora_module_path={pattern!r} is not a regular expression: {error}"]
     return []
+
+
+def _check_profile(steps: Any) -> list[str]:
+    if not isinstance(steps, str):
+        return []
+    match = re.fullmatch(r"(\d{1,12}):(\d{1,12})", steps, re.ASCII)
+    if match and 1 <= int(match[1]) < int(match[2]):
+        return []
+    form = 'START:STOP with 1 <= START < STOP: "11:14" traces steps 11, 12 and 13 (in a YAML file, with the quotes)'
+    return [f"training.profile={steps} must be {form}"]
 
 
 def paths_of(value: Any) -> list[str]:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaptax.mesh import partition
 from adaptax.models import Architecture, Family
+from adaptax.quantize import join_scales
 
 Arrays = dict[str, jax.Array]
 
@@ -41,7 +42,16 @@ class LoraSpec:
         return min((min(layers) for layers in self.layers.values()), default=0)
 
 
-def build_model(family: Family, arch: Architecture, spec: LoraSpec | None, mesh: Mesh, *, train: bool) -> nnx.GraphDef:
+def build_model(
+    family: Family,
+    arch: Architecture,
+    spec: LoraSpec | None,
+    mesh: Mesh,
+    *,
+    train: bool,
+    remat: str = "full",
+    attention: str = "xla",
+) -> nnx.GraphDef:
     """The model's graph, with qwix's adapters in its block; no arrays are made.
 
     Args:
@@ -50,12 +60,15 @@ def build_model(family: Family, arch: Architecture, spec: LoraSpec | None, mesh:
       spec: the adapters; None for the bare base.
       mesh: activations are split over its fsdp axis.
       train: with dropout, if the spec has any.
+      remat: what the backward pass computes anew: ``none``, ``matmul`` or ``full``.
+      attention: an implementation that ``choose_attention`` gives; ``xla`` runs everywhere.
     """
     module = importlib.import_module(family.module)
 
     def make() -> nnx.Module:
         model = getattr(module, family.model_class)(arch, rngs=nnx.Rngs(0))
         model.activation_sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
+        model.remat, model.attention = remat, attention
         if spec is not None:
             model.first_adapted = spec.first_layer
             model.layers = _wrap_block(module, arch, spec, spec.dropout if train else 0.0)
@@ -87,6 +100,17 @@ def adapter_shapes(family: Family, arch: Architecture, spec: LoraSpec) -> dict[s
     return shapes
 
 
+def describe_adapters(
+    family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What :func:`init_adapters` makes: path -> shape, type and sharding."""
+    shapes = adapter_shapes(family, arch, spec)
+    return {
+        path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=partition(axes, shape, mesh))
+        for path, (shape, axes) in shapes.items()
+    }
+
+
 def init_adapters(family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh, seed: int) -> Arrays:
     """Fresh float32 adapters on the mesh: A uniform within 1/sqrt(in), B zero.
 
@@ -109,13 +133,13 @@ def init_adapters(family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh
             adapters[path] = jax.vmap(draw)(keys)
         return adapters
 
-    shardings = {path: partition(axes, shape, mesh) for path, (shape, axes) in shapes.items()}
+    shardings = {path: leaf.sharding for path, leaf in describe_adapters(family, arch, spec, mesh).items()}
     return jax.jit(make, out_shardings=shardings)()
 
 
 def merge_model(graphdef: nnx.GraphDef, base: Arrays, adapters: Arrays, spec: LoraSpec | None, dtype: Any) -> Any:
     """The callable model: frozen base and adapters (cast to the compute type) put into the graph."""
-    leaves = [(tuple(path.split("/")), nnx.Param(array)) for path, array in base.items()]
+    leaves = [(tuple(path.split("/")), nnx.Param(array)) for path, array in join_scales(base).items()]
     if spec is not None:
         num_layers = next(a.shape[0] for path, a in base.items() if path.startswith("layers/"))
         for path, array in adapters.items():

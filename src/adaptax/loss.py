@@ -54,6 +54,7 @@ def _backward(mesh: Mesh, d_hidden_BTD: jax.Array, d_loss: jax.Array):
 _cross_entropy.defvjp(_forward, _backward)
 
 
+@jax.named_scope("head")
 def _sharded(hidden_BTD, embedding_VD, targets_BT, mask_BT, mesh: Mesh, *, with_gradient: bool):
     rows, batch = PartitionSpec("tp", None), PartitionSpec("fsdp")
     run = jax.shard_map(

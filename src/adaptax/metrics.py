@@ -24,6 +24,7 @@ from adaptax.run_folder import write_text
 
 log = logging.getLogger(__name__)
 METRICS, LOG_SCALE_RATIO = "metrics.jsonl", 20
+MIN_STALL = 0.05  # the share of the time waiting for input that is worth a word
 
 
 class MetricsLog:
@@ -180,7 +181,10 @@ def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 class ProgressDisplay:
-    """A bar in a terminal, else log lines: loss, learning rate, trained tokens/s, padding, time left."""
+    """A bar in a terminal, else log lines: loss, learning rate, trained tokens/s, padding, time left.
+
+    Also MFU where the devices' peak is known, and the share of the time spent waiting for input where that is much.
+    """
 
     def __init__(self, config: LoggingConfig, num_steps: int, is_shown: bool):
         mode = config.progress
@@ -205,14 +209,11 @@ class ProgressDisplay:
             with contextlib.suppress(OSError):  # the terminal may have been closed
                 self._bar.stop()
 
-    def update(self, step: int, values: Mapping[str, float]) -> None:
+    def update(self, step: int, values: Mapping[str, float | None]) -> None:
         """Shows a finished step (counted from 1)."""
         if self._first_step is None:
             self._first_step, self._started = step, time.monotonic()
-        text = (
-            f"loss {values['train_loss']:.4f}  lr {values['train_learning_rate']:.2e}  "
-            f"{values['train_tokens_per_second']:,.0f} trained tok/s  padding {values['train_padding_share']:.0%}"
-        )
+        text = describe_step(values)
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
         elif self._mode == "lines" and (step == 1 or step % self._every == 0 or step == self._num_steps):
@@ -224,3 +225,14 @@ class ProgressDisplay:
             return "?"
         seconds = (time.monotonic() - self._started) / done * (self._num_steps - step)
         return f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
+
+
+def describe_step(values: Mapping[str, float | None]) -> str:
+    """What a line of the log, or the bar, says of a step's row."""
+    text = (
+        f"loss {values['train_loss']:.4f}  lr {values['train_learning_rate']:.2e}  "
+        f"{values['train_tokens_per_second']:,.0f} trained tok/s  padding {values['train_padding_share']:.0%}"
+    )
+    mfu, stall = values.get("train_mfu"), values.get("train_input_stall_share")
+    text += f"  MFU {mfu:.1%}" if mfu is not None else ""
+    return text + (f"  waiting for input {stall:.0%}" if stall is not None and stall >= MIN_STALL else "")

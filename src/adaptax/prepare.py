@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from adaptax.checkpoint import digest_arrays, read_digests
-from adaptax.config import Config
-from adaptax.data.feed import Feed, describe_feed, open_feed
+from adaptax.choices import choose_micro_batch, describe_excess, remat_policies
+from adaptax.config import Config, UserError
+from adaptax.data.feed import Feed, describe_feed, plan_feed, read_rows
 from adaptax.data.pipeline import Dataset
 from adaptax.data.tokenizer import Tokenizer, open_tokenizer
-from adaptax.lora import Arrays, LoraSpec, build_model, init_adapters
+from adaptax.job import Job, build_job, build_programs, set_precision, with_training
+from adaptax.lora import Arrays, init_adapters
+from adaptax.memory import Footprint, Shapes, describe_base, free_bytes, measure
 from adaptax.mesh import batch_part, shard_batch
-from adaptax.models import Architecture, Family, find_architecture, find_family, find_source, match_modules
+from adaptax.models import find_source
 from adaptax.models.hub import SMALL_FILES, fetch_files
 from adaptax.optim import build_optimizer
-from adaptax.report import describe_adapters, describe_memory
-from adaptax.step import Program, StepPerLength, TrainState, build_train_step, init_state
-from adaptax.weights import describe_weights, load_weights
+from adaptax.report import show_adapters
+from adaptax.step import Program, StepPerLength, TrainState, build_eval_step, build_train_step, init_state
+from adaptax.weights import load_weights
 
 log = logging.getLogger(__name__)
 PACKAGES = ("adaptax", "jax", "jaxlib", "flax", "optax", "qwix", "numpy", "orbax-checkpoint")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the parts of one run share."""
-
-    config: Config
-    mesh: Mesh
-    family: Family
-    arch: Architecture
-    spec: LoraSpec
-    source: str  # of the base weights
-    num_steps: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,9 @@ class Prepared:
     program: Program
     eval_program: Program
     train_step: StepPerLength
+    eval_step: StepPerLength
     state: TrainState
+    footprint: Footprint | None = None  # once the steps are compiled
 
 
 def is_main() -> bool:
@@ -65,54 +59,87 @@ def is_main() -> bool:
 
 
 def prepare(config: Config, mesh: Mesh) -> Prepared:
-    """Opens the data and builds model, adapters and optimizer; nothing is compiled, no weight is read."""
+    """Opens the data and builds model, adapters and optimizer; no weight is read.
+
+    Where the configuration leaves the micro-batch open it is chosen here; the job's configuration says what was chosen.
+    """
     if not is_main():
         logging.getLogger("adaptax").setLevel(logging.WARNING)
-    seed, source = config.training.seed, find_source(config.model)
-    weights_directory = fetch_files(source, SMALL_FILES)
-    family, arch = find_family(config.model.model_family), find_architecture(config.model, weights_directory)
-    spec = build_spec(config, arch)
-    describe_adapters(config.model, family, arch, spec)
-    tokenizer = open_tokenizer(config, weights_directory, arch.vocab_size)
-    feed = open_feed(config, tokenizer, batch_part(mesh))
-    describe_feed(feed, config)
+    directory = fetch_files(find_source(config.model), SMALL_FILES)
+    job = build_job(config, mesh, directory)
+    set_precision(job)
+    show_adapters(config.model, job.family, job.arch, job.spec)
+    log.info("attention: %s", job.attention)
+    tokenizer = open_tokenizer(config, directory, job.arch.vocab_size)
+    rows = read_rows(config, tokenizer)
+    if config.training.micro_batch_size == "auto":
+        most = max(1, rows.count(config) // mesh.shape["fsdp"])
+        free = free_bytes(config, mesh)
+        job = choose_micro_batch(job, fetch_files(job.source), rows.longest, free, most)
+    feed = plan_feed(rows, job.config, tokenizer, batch_part(mesh))
+    describe_feed(feed, job.config)
 
-    dtype = find_dtype(config.model.dtype, mesh)
-    program = Program(build_model(family, arch, spec, mesh, train=True), spec, dtype, mesh)
-    eval_program = replace(program, graphdef=build_model(family, arch, spec, mesh, train=False))
-    optimizer, schedule = build_optimizer(config.optimizer, config.schedule, feed.num_steps)
-    state = init_state(init_adapters(family, arch, spec, mesh, seed), optimizer, mesh, seed)
+    job = replace(job, num_steps=feed.num_steps)
+    optimizer, _ = build_optimizer(config.optimizer, config.schedule, feed.num_steps)
+    adapters = init_adapters(job.family, job.arch, job.spec, mesh, config.training.seed)
+    state = init_state(adapters, optimizer, mesh, config.training.seed)
+    return Prepared(job, tokenizer, feed, *build_steps(job, remat_policies(job)[-1]), state)
+
+
+def build_steps(job: Job, remat: str) -> tuple[Program, Program, StepPerLength, StepPerLength]:
+    """(program, evaluation program, train step, evaluation step); nothing is compiled."""
+    program, eval_program = build_programs(job, remat)
+    optimizer, schedule = build_optimizer(job.config.optimizer, job.config.schedule, job.num_steps)
     train_step = StepPerLength(build_train_step(program, optimizer, schedule))
-    job = Job(config, mesh, family, arch, spec, source, feed.num_steps)
-    return Prepared(job, tokenizer, feed, program, eval_program, train_step, state)
+    return program, eval_program, train_step, StepPerLength(build_eval_step(eval_program))
 
 
-def load_base(prepared: Prepared, *, compile_step: bool = True) -> Arrays:
-    """Compiles the step, tells its memory, then reads the frozen base weights."""
-    job, dtype = prepared.job, prepared.program.dtype
-    jax.config.update("jax_default_matmul_precision", "highest" if dtype == jnp.float32 else None)
+def load_base(prepared: Prepared, *, compile_step: bool = True) -> tuple[Prepared, Arrays]:
+    """Reads the frozen base weights, and compiles the steps meanwhile; tells their memory.
+
+    Returns:
+      What was prepared, with the remat policy that was chosen, and the base.
+
+    Raises:
+      UserError: the run does not fit the device; what to change is told.
+    """
+    job = prepared.job
     directory = fetch_files(job.source)
-    shapes = describe_weights(directory, job.arch, job.family.checkpoint, job.mesh, dtype)
-    if compile_step:
+    shapes = describe_base(job, directory)
+    read = functools.partial(load_weights, directory, job.arch, job.family.checkpoint, shapes, job.config.training.seed)
+    if not compile_step:
+        return prepared, read()
+    free = free_bytes(job.config, job.mesh)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(read)
+        prepared = fit_steps(prepared, shapes, directory, free)
+        return prepared, loading.result()
+
+
+def fit_steps(prepared: Prepared, base: Shapes, directory: Path | None, free: int | None) -> Prepared:
+    """Compiles the steps with the fastest remat policy that fits the device, and tells what they take.
+
+    Raises:
+      UserError: none fits.
+    """
+    job, feed = prepared.job, prepared.feed
+    batch = shard_batch(feed.batches.blank(), job.mesh)
+    eval_batch = jax.tree.map(lambda array: array[:1], batch)
+    for remat in remat_policies(job):
         started = time.monotonic()
-        blank = shard_batch(prepared.feed.batches.blank(), job.mesh)
-        compiled = prepared.train_step.compile(prepared.state, shapes, blank)
-        describe_memory(compiled, shapes, prepared.state, time.monotonic() - started)
-    return load_weights(directory, job.arch, job.family.checkpoint, shapes, job.config.training.seed)
-
-
-def build_spec(config: Config, arch: Architecture) -> LoraSpec:
-    """The adapters that the configuration asks for; a null alpha is the rank."""
-    model = config.model
-    alpha = model.lora_alpha or float(model.lora_rank)
-    return LoraSpec(match_modules(model, arch), model.lora_rank, alpha, model.lora_dropout)
-
-
-def find_dtype(name: str, mesh: Mesh) -> Any:
-    """The compute type; ``auto`` is float32 on CPU, where bfloat16 is no faster, and bfloat16 elsewhere."""
-    if name == "auto":
-        name = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    return jnp.dtype(name)
+        programs = build_steps(job, remat)
+        step = programs[2].compile(prepared.state, base, batch)
+        steps = [step]
+        if feed.eval_batches is not None:
+            steps.append(programs[3].compile(prepared.state.adapters, base, eval_batch))
+        footprint = measure(steps, prepared.state, base, batch, job.config.data.prefetch_batches)
+        log.info("steps compiled in %.1f s; on each device: %s", time.monotonic() - started, footprint.describe())
+        job = with_training(job, remat=remat)
+        if free is None or footprint.peak_bytes <= free:
+            log.info("training.remat=%s", remat)
+            return Prepared(job, prepared.tokenizer, feed, *programs, prepared.state, footprint)
+    assert free is not None
+    raise UserError(describe_excess(job, footprint, directory, feed.batches.lengths[0], free))
 
 
 def identify_inputs(prepared: Prepared) -> dict[str, Any]:
@@ -120,7 +147,7 @@ def identify_inputs(prepared: Prepared) -> dict[str, Any]:
     job, feed = prepared.job, prepared.feed
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     identity: dict[str, Any] = {
-        "dtype": str(prepared.program.dtype),
+        "dtype": str(job.dtype),
         "tokenizer": prepared.tokenizer.digest,
         "versions": versions | {"device": job.mesh.devices.flat[0].device_kind},
         "mesh": dict(job.mesh.shape),

@@ -20,6 +20,7 @@ import optax
 from adaptax.lora import Arrays, LoraSpec, merge_model
 from adaptax.loss import cross_entropy
 from adaptax.mesh import replicated
+from adaptax.quantize import Quantized, dequantize, join_scales
 from adaptax.step import HEAD, Batch, Program
 
 HALVES = ("attn", "mlp")  # of a layer, in order; modules are named by them
@@ -192,7 +193,10 @@ def _sum_up(total: tuple[jax.Array, Arrays], batch: Batch) -> tuple[jax.Array, j
 
 
 def _examine(arrays: Arrays, limit: float) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Of every array by layer: how many values are NaN, infinite, beyond the limit, [L, 3]; the largest |w|, [L]."""
+    """Of every array by layer: how many values are NaN, infinite, beyond the limit, [L, 3]; the largest |w|, [L].
+
+    Quantised arrays by what they stand for, a layer at a time.
+    """
 
     def examine(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         axes, size, is_finite = tuple(range(1, x.ndim)), jnp.abs(x).astype(jnp.float32), jnp.isfinite(x)
@@ -201,7 +205,16 @@ def _examine(arrays: Arrays, limit: float) -> dict[str, tuple[jax.Array, jax.Arr
             axis=axes
         )
 
-    return {path: examine(x if path.startswith("layers/") else x[None]) for path, x in arrays.items()}
+    def examine_layer(x: Quantized) -> tuple[jax.Array, jax.Array]:
+        counts, top = examine(dequantize(x, jnp.float32)[None])
+        return counts[0], top[0]
+
+    return {
+        path: jax.lax.map(examine_layer, x)
+        if isinstance(x, Quantized)
+        else examine(x if path.startswith("layers/") else x[None])
+        for path, x in join_scales(arrays).items()
+    }
 
 
 def _list_weights(base: dict[str, Any], adapters: dict[str, Any], spec: LoraSpec) -> list[Weight]:

@@ -47,7 +47,7 @@ def replay(config: Config, mesh: Mesh, folder: RunFolder, step: int | None = Non
     dump = find_dump(folder, step)
     prepared = prepare(config, mesh)
     checkpoint, state = find_state(prepared, folder, dump.step)
-    base = load_base(prepared, compile_step=checkpoint < dump.step - 1)
+    prepared, base = load_base(prepared, compile_step=checkpoint < dump.step - 1)
     state = roll_forward(prepared, base, state, checkpoint, dump.step - 1)
     batch = shard_batch(dump.batch, mesh)
     key = jax.random.fold_in(state.key, dump.step - 1) if prepared.job.spec.dropout else None

@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +16,6 @@ from adaptax.lora import LoraSpec, adapter_shapes
 from adaptax.models import Architecture, Family
 
 log = logging.getLogger(__name__)
-GIB = 2**30
 
 
 def log_table(table: Table) -> None:
@@ -27,7 +25,7 @@ def log_table(table: Table) -> None:
     log.info("\n%s", out.getvalue().rstrip())
 
 
-def describe_adapters(config: ModelConfig, family: Family, arch: Architecture, spec: LoraSpec) -> None:
+def show_adapters(config: ModelConfig, family: Family, arch: Architecture, spec: LoraSpec) -> None:
     """The start-up table: pattern, matched modules by kind, trainable and total parameters."""
     sizes = family.checkpoint.axis_sizes(arch)
     shapes = adapter_shapes(family, arch, spec)
@@ -53,34 +51,6 @@ def describe_adapters(config: ModelConfig, family: Family, arch: Architecture, s
             "updates are scaled by lora_alpha / lora_rank = %g; model.lora_alpha=null keeps alpha at the rank",
             spec.alpha / spec.rank,
         )
-
-
-def describe_memory(
-    compiled: jax.stages.Compiled, base: Mapping[str, jax.ShapeDtypeStruct], state: object, seconds: float
-) -> None:
-    """One line: what the compiled step takes on each device, told before the weights are read."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return
-    base_bytes = sum(_local_bytes(leaf) for leaf in base.values())
-    state_bytes = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(state))
-    peak = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    peak += analysis.temp_size_in_bytes
-    log.info(
-        "step compiled in %.1f s; per device: base weights %.2f GiB, adapters and optimizer %.2f GiB, "
-        "activations and temporaries %.2f GiB, peak %.2f GiB",
-        seconds,
-        base_bytes / GIB,
-        state_bytes / GIB,
-        analysis.temp_size_in_bytes / GIB,
-        peak / GIB,
-    )
-
-
-def _local_bytes(leaf: jax.Array | jax.ShapeDtypeStruct) -> int:
-    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-    itemsize = leaf.dtype.itemsize if hasattr(leaf.dtype, "itemsize") else 0
-    return math.prod(shape) * itemsize
 
 
 def show_answers(prompts: Sequence[str], expected: Sequence[str], before: Sequence[str], after: Sequence[str]) -> None:

@@ -31,13 +31,19 @@ FREE_KEYS = (
     "data.cache_dir",
     "data.cache_gib",
     "data.prefetch_batches",
+    "model.attention",
+    "training.compile_cache_gib",
     "training.early_stopping_min_delta",
     "training.early_stopping_patience",
     "training.eval_every_steps",
     "training.exact_match_rows",
+    "training.global_batch_size",  # sets gradient_accumulation_steps, which is compared
     "training.max_nonfinite",
+    "training.memory_gib",
     "training.num_batches",
     "training.num_epochs",
+    "training.profile",
+    "training.remat",
     "training.stop_after_steps",
 )
 # May change where another folder begins from a checkpoint: how it is trained on, not what.
@@ -233,7 +239,7 @@ def check_config(saved: Mapping[str, Any], config: Config, what: str, *, is_fork
     Raises:
       UserError: naming every key that may not change, with both values.
     """
-    config = _keep_global_batch(saved, config)
+    config = _keep_global_batch(saved, _keep_choices(saved, config))
     before, now = _flatten(saved), _flatten(dataclasses.asdict(config))
     changed = [key for key in now if key in before and before[key] != now[key]]
     changed += [key for key in now if key not in before]
@@ -259,6 +265,17 @@ def check_config(saved: Mapping[str, Any], config: Config, what: str, *, is_fork
     if any(key in LENGTH_KEYS[:2] for key in changed) and now["schedule.name"] != "constant":
         log.warning("the learning-rate schedule (%s) now spans the new number of steps", now["schedule.name"])
     return config
+
+
+def _keep_choices(saved: Mapping[str, Any], config: Config) -> Config:
+    """What was chosen when the run began, where the configuration leaves it open."""
+    before, training = saved.get("training", {}), config.training
+    if training.micro_batch_size == "auto":
+        names = ("micro_batch_size", "gradient_accumulation_steps")
+        training = replace(training, **{name: before[name] for name in names if name in before})
+    if training.remat == "auto":
+        training = replace(training, remat=before.get("remat", "full"))
+    return replace(config, training=training)
 
 
 def _keep_global_batch(saved: Mapping[str, Any], config: Config) -> Config:

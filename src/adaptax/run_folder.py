@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "nonfinite"
 
     @property
+    def profile(self) -> Path:
+        """Traces of steps, for TensorBoard and Perfetto."""
+        return self.path / "profile"
+
+    @property
     def summary(self) -> Path:
         """How the run ended; only there when it has."""
         return self.path / "summary.json"

@@ -5,8 +5,9 @@ The frozen base is an argument beside the state: it is not differentiated, not d
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,29 +47,39 @@ class Program:
     spec: LoraSpec | None
     dtype: Any
     mesh: Mesh
+    windows: tuple[int | None, ...] = ()  # of attention, of which visible pairs are counted
+
+
+def describe_state(adapters: Mapping[str, Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state for these adapters, of which it needs no more; moments lie with them."""
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in adapters]
+        same_shape = names and leaf.shape == adapters[names[-1]].shape
+        sharding = adapters[names[-1]].sharding if same_shape else replicated(mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shapes = jax.eval_shape(lambda a: TrainState(a, optimizer.init(a), *_counters(0)), dict(adapters))
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def init_state(adapters: Arrays, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """The state before the first step; moments lie where their adapters lie."""
-    by_path = {path: array.sharding for path, array in adapters.items()}
-
-    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in by_path]
-        same_shape = names and leaf.shape == adapters[names[-1]].shape
-        return by_path[names[-1]] if same_shape else replicated(mesh)
-
-    shapes = jax.eval_shape(optimizer.init, adapters)
-    shardings = jax.tree_util.tree_map_with_path(place, shapes)
+    """The state before the first step, laid out as :func:`describe_state` says."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, describe_state(adapters, optimizer, mesh).optimizer)
     moments = jax.jit(optimizer.init, out_shardings=shardings)(adapters)
-    zero = jnp.zeros((), jnp.int32)
-    counters = jax.jit(lambda: (zero, jax.random.key(seed), zero, zero), out_shardings=replicated(mesh))
+    counters = jax.jit(functools.partial(_counters, seed), out_shardings=replicated(mesh))
     return TrainState(adapters, moments, *counters())
+
+
+def _counters(seed: int) -> tuple[jax.Array, ...]:
+    zero = jnp.zeros((), jnp.int32)
+    return zero, jax.random.key(seed), zero, zero
 
 
 def build_train_step(
     program: Program, optimizer: optax.GradientTransformation, schedule: optax.Schedule
 ) -> Callable[[TrainState, Arrays, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """``(state, base, batch) -> (state, metrics)``, jitted; the state is donated.
+    """``(state, base, batch) -> (state, metrics)``, jitted; the state is donated. Metrics are scalars, but ``pairs``.
 
     The loss is the sum over the supervised tokens of all accumulated micro-batches and devices over their count. A step
     whose loss, gradient or update is not finite leaves adapters and moments as they were and is counted.
@@ -90,8 +101,9 @@ def build_train_step(
 
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, moments = optimizer.update(grads, state.optimizer, state.adapters)
-        new = optax.apply_updates(state.adapters, updates), moments
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.update(grads, state.optimizer, state.adapters)
+            new = optax.apply_updates(state.adapters, updates), moments
         for array in jax.tree.leaves(new[0]):  # a learning rate may be too large for a gradient that is finite
             is_finite &= jnp.isfinite(array).all()
         adapters, moments = jax.tree.map(
@@ -108,29 +120,41 @@ def build_train_step(
             "num_nonfinite": num_nonfinite,
             "nonfinite_in_row": in_row,
         }
+        if program.windows:
+            metrics["pairs"] = count_visible(batch, program.windows)
         return TrainState(adapters, moments, state.step + 1, state.key, num_nonfinite, in_row), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
+def count_visible(batch: Batch, windows: tuple[int | None, ...]) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """(query, key) pairs that see each other, by window: each 256 times the first number plus the second.
+
+    As float32 they would not be exact, and a single integer would overflow.
+    """
+    seen = jnp.where(batch["segments"] > 0, batch["positions"] + 1, 0).astype(jnp.uint32)
+    keys = [seen if window is None else jnp.minimum(seen, window) for window in windows]
+    return tuple(((array >> 8).sum(), (array & 255).sum()) for array in keys)
+
+
 class StepPerLength:
-    """A jitted train step, compiled once for every length of sequences that it meets."""
+    """A jitted step whose last argument is a batch, compiled once for every length of sequences that it meets."""
 
     def __init__(self, step: Any):
         self._step = step
         self._compiled: dict[int, jax.stages.Compiled] = {}
 
-    def compile(self, state: Any, base: Any, batch: Batch) -> jax.stages.Compiled:
-        """The program for batches like this one; the base may be shapes alone."""
-        length = batch["tokens"].shape[-1]
+    def compile(self, *arguments: Any) -> jax.stages.Compiled:
+        """The program for arguments like these, which may be shapes alone."""
+        length = arguments[-1]["tokens"].shape[-1]
         if length not in self._compiled:
             if self._compiled:
-                log.info("compiling the step for sequences of %d tokens", length)
-            self._compiled[length] = self._step.lower(state, base, batch).compile()
+                log.info("compiling for sequences of %d tokens", length)
+            self._compiled[length] = self._step.lower(*arguments).compile()
         return self._compiled[length]
 
-    def __call__(self, state: TrainState, base: Arrays, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        return self.compile(state, base, batch)(state, base, batch)
+    def __call__(self, *arguments: Any) -> Any:
+        return self.compile(*arguments)(*arguments)
 
 
 def build_eval_step(program: Program) -> Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array]]:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adaptax.checkpoint import Saver, Writer, check_room, gather, restore
-from adaptax.config import UserError
+from adaptax.config import UserError, micro_batch
 from adaptax.data.chat import last_request
 from adaptax.data.tokenizer import Tokenizer
 from adaptax.evaluate import Answers, build_answer, evaluate_loss
@@ -33,7 +33,7 @@ from adaptax.report import show_answers
 from adaptax.resume import Start, check_identity, how_to_resume
 from adaptax.run_folder import RunFolder, write_text
 from adaptax.signals import Interrupted, StopSignals
-from adaptax.step import TrainState, build_eval_step
+from adaptax.step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +48,18 @@ def run(start: Start, mesh: Mesh, folder: RunFolder, stop: StopSignals) -> float
       Interrupted: a signal came; what was trained has been saved.
     """
     started = time.monotonic()
-    config, prepared = start.config, prepare(start.config, mesh)
+    prepared = prepare(start.config, mesh)
     state, manifest = begin(start, prepared)
     if is_main():
-        check_room(folder, config.checkpoint.keep, state, has_best=prepared.feed.eval_batches is not None)
-    base = load_base(prepared)
-    identity = check_inputs(prepared, base, manifest)
-    if manifest and is_main():
+        check_room(folder, start.config.checkpoint.keep, state, has_best=prepared.feed.eval_batches is not None)
+    prepared, base = load_base(prepared)
+    config, identity = prepared.job.config, check_inputs(prepared, base, manifest)
+    if is_main() and (manifest or config != start.config):  # what was left open has been chosen
         folder.begin(dataclasses.asdict(config))
     log.info("base weights from %s; start-up took %.1f s", prepared.job.source, time.monotonic() - started)
 
     evaluate = build_evaluate(prepared, base, stop)
-    num_rows, batch_size = config.training.exact_match_rows, config.training.micro_batch_size * mesh.shape["fsdp"]
+    num_rows, batch_size = config.training.exact_match_rows, micro_batch(config.training) * mesh.shape["fsdp"]
     answer = build_answer(prepared.eval_program, base, prepared.feed.held_out, num_rows, batch_size)
     before = answer(prepared.state.adapters)
     if manifest:  # the fresh adapters were needed up to here
@@ -76,7 +76,7 @@ def run(start: Start, mesh: Mesh, folder: RunFolder, stop: StopSignals) -> float
         if is_complete:
             save_peft(prepared.job, gather(state.adapters), folder.adapter)
             compare_answers(prepared.tokenizer, before, answer(state.adapters), int(state.step), recorder)
-            write_summary(folder, int(state.step), prepared.job.num_steps, recorder.progress)
+            write_summary(folder, int(state.step), prepared.job.num_steps, recorder)
     finally:
         saver.close()
         recorder.close()
@@ -111,11 +111,12 @@ def train_loop(
     last = min(job.num_steps, first + (training.stop_after_steps or job.num_steps))
     last = first if recorder.is_exhausted else last
     place = functools.partial(shard_batch, mesh=job.mesh)
-    with recorder.display:
+    with recorder.show(first + 1, last):
         ahead = job.config.data.prefetch_batches
         stream = prepared.feed.batches.iterate(first, last, ahead, place) if first < last else ()
-        for step, batch in enumerate(stream, start=first + 1):
-            state, values = prepared.train_step(state, base, batch)
+        for step, batch in enumerate(recorder.speed.feed(stream), start=first + 1):
+            with recorder.mark(step):
+                state, values = prepared.train_step(state, base, batch)
             recorder.put(step, values, batch)
             number, is_save = divmod(votes.cast(2 * (stop.requested or 0) + saver.is_time()), 2)
             is_over = step == last or number > 0 or recorder.lost is not None
@@ -133,7 +134,8 @@ def train_loop(
                     recorder.save(step, state, saver)
                 if is_over:
                     break
-                recorder.restart_clock()
+                recorder.speed.restart()
+    recorder.speed.tell()
     saver.wait()
     failure = share_text(saver.failure or "")  # of process 0, which writes: all of them end
     if failure:
@@ -188,8 +190,9 @@ def check_inputs(prepared: Prepared, base: Arrays, manifest: Manifest | None) ->
 def build_evaluate(prepared: Prepared, base: Arrays, stop: StopSignals) -> Callable[[Arrays], float | None]:
     """From adapters to the loss over the held-out rows. A process that is alone leaves off where a signal comes."""
     check = stop.raise_requested if jax.process_count() == 1 else lambda: None
-    eval_step = build_eval_step(prepared.eval_program)
-    return functools.partial(evaluate_loss, eval_step, base, prepared.feed.eval_batches, prepared.job.mesh, check=check)
+    return functools.partial(
+        evaluate_loss, prepared.eval_step, base, prepared.feed.eval_batches, prepared.job.mesh, check=check
+    )
 
 
 def read_past(
@@ -217,10 +220,11 @@ def save_peft(job: Job, adapters: Mapping[str, np.ndarray], directory: Path) -> 
         save_peft_adapter(directory, adapters, job.spec, job.family, job.arch, job.source)
 
 
-def write_summary(folder: RunFolder, step: int, num_steps: int, progress: Progress) -> None:
+def write_summary(folder: RunFolder, step: int, num_steps: int, recorder: Recorder) -> None:
     """How the run ended; that it is there means that it has."""
+    progress = recorder.progress
     summary = {"step": step, "stopped_early": step < num_steps, "final_loss": progress.final_loss}
-    summary |= {"best_step": progress.best_step, "best_loss": progress.best_loss}
+    summary |= {"best_step": progress.best_step, "best_loss": progress.best_loss, "speed": recorder.speed.summarize()}
     if is_main():
         write_text(folder.summary, json.dumps(summary, indent=1) + "\n")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,22 +17,29 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 
-from adaptax.config import UserError
 from adaptax.mesh import partition
 from adaptax.models import Architecture
+from adaptax.quantize import KINDS, find_kind, quantize, quantized_shapes
+from adaptax.schema import UserError
+from adaptax.tensor_files import DTYPES, PIECE_BYTES, StoredTensor, list_tensors
 
-PIECE_BYTES = 64 << 20  # the most that is read at once, so that host memory stays near the weights' own size
-DTYPES = ("F32", "BF16", "F16")
+READING_BYTES = 512 << 20  # of what threads read at once, so that host memory stays near the weights' own size
+MAX_READERS = 8
 
 
 def describe_weights(
-    directory: Path | None, arch: Architecture, family: ModuleType, mesh: Mesh, dtype: Any
+    directory: Path | None,
+    arch: Architecture,
+    family: ModuleType,
+    mesh: Mesh,
+    dtype: Any,
+    quantization: str | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """What :func:`load_weights` will make, from the files' headers alone: path -> shape, type and sharding.
 
-    Arrays are kept in the compute type, or in the checkpoint's own bfloat16 where that is narrower.
+    Arrays are kept in the compute type, or in the checkpoint's own bfloat16 where that is narrower. Quantised matrices
+    are two arrays, as :mod:`adaptax.quantize` tells.
 
     Args:
       directory: safetensors files; None for random weights.
@@ -38,22 +47,34 @@ def describe_weights(
       family: the family's checkpoint module, such as ``gemma3_weights``.
       mesh: where the arrays go.
       dtype: compute type.
+      quantization: ``int8``, ``int4`` or ``nf4`` for the layers' matrices; None keeps them as they are.
 
     Raises:
       UserError: listing every tensor that is missing, unexpected or of another shape.
     """
     sizes, files, prefix = family.axis_sizes(arch), {}, ""
     if directory is not None:
-        files = _list_tensors(directory)
+        files = list_tensors(directory)
         prefix = _check_tensors(directory, files, arch, family)
     described = {}
     for path, axes in family.parameter_axes(arch).items():
         names = family.tensor_names(path, arch, prefix)
         is_bfloat16 = directory is not None and files[names[0][0]].dtype == "BF16"
         shape = tuple(sizes[axis] for axis in axes)
-        kept = ml_dtypes.bfloat16 if is_bfloat16 else dtype
-        described[path] = jax.ShapeDtypeStruct(shape, kept, sharding=partition(axes, shape, mesh))
+        kept = {path: (shape, ml_dtypes.bfloat16 if is_bfloat16 else dtype)}
+        if quantization is not None and (num_in := _num_in_axes(family, path)):
+            values, scales = quantized_shapes(shape[1:], num_in, quantization)
+            kept = {path: ((shape[0], *values), KINDS[quantization])}
+            kept |= {f"{path}_{quantization}": ((shape[0], *scales), jnp.float32)}
+        for name, (shape, kind) in kept.items():
+            described[name] = jax.ShapeDtypeStruct(shape, kind, sharding=partition(axes, shape, mesh))
     return described
+
+
+def _num_in_axes(family: ModuleType, path: str) -> int:
+    """Of a projection's weight in a layer; 0 for all else."""
+    kind = path.removeprefix("layers/").removesuffix("/w")
+    return len(family.LINEARS[kind].in_axes) if kind in family.LINEARS else 0
 
 
 def load_weights(
@@ -65,91 +86,55 @@ def load_weights(
 ) -> dict[str, jax.Array]:
     """The frozen base, as :func:`describe_weights` described it. Host memory stays near the size of the weights.
 
-    The last base stays in memory and is handed out again to the next job of a sweep that asks for the same.
+    Files are read by several threads. It may itself be called in a thread, while another one compiles: calls wait for
+    each other. The last base stays in memory and is handed out again to the next job of a sweep that asks for the same.
     """
-    stamp = [(f.path, f.path.stat().st_mtime_ns) for f in _list_tensors(directory).values()] if directory else seed
+    stamp = [(f.path, f.path.stat().st_mtime_ns) for f in list_tensors(directory).values()] if directory else seed
     key = str((directory, arch, stamp, described))
-    if key not in _last_base:
-        _last_base.clear()
-        _last_base[key] = _read_weights(directory, arch, family, described) if directory else _draw(described, seed)
-    return _last_base[key]
+    with _loading:
+        if key not in _last_base:
+            _last_base.clear()
+            read = functools.partial(_read_weights, directory) if directory else functools.partial(_draw, seed)
+            _last_base[key] = read(arch, family, described)
+        return _last_base[key]
 
 
 _last_base: dict[str, dict[str, jax.Array]] = {}
+_loading = threading.Lock()
 
 
-def _read_weights(
-    directory: Path, arch: Architecture, family: ModuleType, described: Mapping[str, jax.ShapeDtypeStruct]
+def _draw(
+    seed: int, arch: Architecture, family: ModuleType, described: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    files = _list_tensors(directory)
-    prefix, axes = family.text_prefix(files.keys()), family.parameter_axes(arch)
-    loaded = {}
-    for path, leaf in sorted(described.items(), key=lambda item: -item[1].size):
-        names = family.tensor_names(path, arch, prefix)
-        fill = functools.partial(_read_shard, files=files, names=names, axes=axes[path], leaf=leaf)
-        loaded[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, fill)
-    return loaded
-
-
-def _draw(described: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> dict[str, jax.Array]:
     """Random weights: normal with deviation 0.02, norms at zero, made in place on the mesh."""
+    sizes, all_axes = family.axis_sizes(arch), family.parameter_axes(arch)
+
+    def draw_quantized(key: jax.Array, path: str, kind: str) -> dict[str, jax.Array]:
+        """Layer by layer, so that one alone is there in float32."""
+        L, *shape = (sizes[axis] for axis in all_axes[path])
+
+        def draw_layer(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            weight = 0.02 * jax.random.normal(key, shape, jnp.float32)
+            array = quantize(weight, _num_in_axes(family, path), kind)
+            return array.values, array.scales
+
+        stacked = jax.lax.map(draw_layer, jax.random.split(key, L))
+        return dict(zip((path, f"{path}_{kind}"), stacked, strict=True))
 
     def draw(key: jax.Array) -> dict[str, jax.Array]:
-        keys = dict(zip(sorted(described), jax.random.split(key, len(described)), strict=True))
-        return {
-            path: jnp.zeros(leaf.shape, leaf.dtype)
-            if path.endswith("scale")
-            else 0.02 * jax.random.normal(keys[path], leaf.shape, leaf.dtype)
-            for path, leaf in described.items()
-        }
+        drawn, keys = {}, dict(zip(sorted(all_axes), jax.random.split(key, len(all_axes)), strict=True))
+        for path in all_axes:
+            leaf, kind = described[path], find_kind(described, path)
+            if kind is not None:
+                drawn |= draw_quantized(keys[path], path, kind)
+            elif path.endswith("scale"):
+                drawn[path] = jnp.zeros(leaf.shape, leaf.dtype)
+            else:
+                drawn[path] = 0.02 * jax.random.normal(keys[path], leaf.shape, leaf.dtype)
+        return drawn
 
     shardings = {path: leaf.sharding for path, leaf in described.items()}
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies, from its file's header."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str  # as safetensors spells it
-
-
-def _list_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Tensor name -> where it lies, from one or many safetensors files."""
-    paths = _list_files(directory)
-    if not paths:
-        raise UserError(f"{directory} holds no *.safetensors file")
-    tensors = {}
-    for path in paths:
-        try:
-            with safe_open(path, "numpy") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if name in tensors:
-                        raise UserError(f"{name:.200} is in {tensors[name].path} and in {path}: take one of them away")
-                    view = file.get_slice(name)
-                    tensors[name] = StoredTensor(path, tuple(view.get_shape()), view.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
-    return tensors
-
-
-def _list_files(directory: Path) -> list[Path]:
-    """The safetensors files: those that the index names, or else all."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        return sorted(directory.glob("*.safetensors"))
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
-        raise UserError(f"{index} is not a valid index: it has no weight_map") from None
-    for name in names:
-        if isinstance(name, str) and Path(name).name != name:
-            raise UserError(f"{index}: {name!r:.80}: file names must not leave the directory")
-        if not isinstance(name, str) or not name.endswith(".safetensors") or not name.isprintable():
-            raise UserError(f"{index} is not a valid index: {name!r:.80} is not the name of a safetensors file")
-    return [directory / name for name in sorted(names)]
 
 
 def _check_tensors(directory: Path, files: Mapping[str, StoredTensor], arch: Architecture, family: ModuleType) -> str:
@@ -177,44 +162,121 @@ def _check_tensors(directory: Path, files: Mapping[str, StoredTensor], arch: Arc
 
 def _check_tied_head(files: Mapping[str, StoredTensor], head: str, embedding: str) -> None:
     """Refuses a head that is not the embedding: it would be ignored, and another model trained."""
-    (rows, *row) = files[embedding].shape
-    pairs = (_read_rows(files[name].path, name, range(rows), tuple(row)) for name in (head, embedding))
-    if files[head].shape != files[embedding].shape or any(
-        not np.array_equal(a, b) for (_, a), (_, b) in zip(*pairs, strict=True)
-    ):
+    a, b = files[head], files[embedding]
+    if a.shape != b.shape or any(not np.array_equal(a.map(rows), b.map(rows)) for rows in a.split()):
         raise UserError(f"{files[head].path}: {head} differs from the embedding, and Gemma 3's head is tied to it")
 
 
-def _read_shard(
-    index: tuple[slice, ...] | None,
-    *,
-    files: Mapping[str, StoredTensor],
-    names: list[list[str]],
+def _read_weights(
+    directory: Path, arch: Architecture, family: ModuleType, described: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Every tensor is read once, whatever the mesh. One array after the other, by as many threads as there is room."""
+    files, sizes = list_tensors(directory), family.axis_sizes(arch)
+    prefix = family.text_prefix(files.keys())
+    loaded: dict[str, jax.Array] = {}
+    for path, axes in sorted(family.parameter_axes(arch).items(), key=lambda item: -described[item[0]].size):
+        stored = [[files[name] for name in names] for names in family.tensor_names(path, arch, prefix)]
+        kind = find_kind(described, path)
+        arrays = {name: _Parts(described[name]) for name in ([path, f"{path}_{kind}"] if kind else [path])}
+        if axes.startswith("L"):
+            shape, num_in = tuple(sizes[axis] for axis in axes[1:]), _num_in_axes(family, path)
+            read = functools.partial(_read_layer, axes[1:], shape, num_in, kind, list(arrays.values()))
+            pieces, piece_bytes = list(enumerate(stored)), 4 * math.prod(shape)
+        else:
+            read = functools.partial(_read_rows, array=arrays[path])
+            pieces, piece_bytes = [(rows, stored[0][0]) for rows in stored[0][0].split()], PIECE_BYTES
+        num_readers = max(1, min(MAX_READERS, os.cpu_count() or 1, READING_BYTES // piece_bytes, len(pieces)))
+        with ThreadPoolExecutor(num_readers, thread_name_prefix="weights") as readers:
+            list(readers.map(read, *zip(*pieces, strict=True)))
+        loaded |= {name: parts.finish() for name, parts in arrays.items()}
+    return loaded
+
+
+def _read_rows(rows: range, tensor: StoredTensor, array: _Parts) -> None:
+    """Rows of a tensor that is used as it is stored."""
+    array.write(rows, tensor.map(rows))
+
+
+def _read_layer(
     axes: str,
-    leaf: jax.ShapeDtypeStruct,
-) -> np.ndarray:
-    """One device's part of a stacked array, read piece by piece into a buffer that jax takes over without a copy."""
-    assert index is not None
-    bounds = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
-    out = _aligned_empty(tuple(len(b) for b in bounds), leaf.dtype)
-    if not axes.startswith("L"):  # one tensor, as stored
-        for rows, piece in _read_rows(files[names[0][0]].path, names[0][0], bounds[0], leaf.shape[1:]):
-            out[rows.start - bounds[0].start : rows.stop - bounds[0].start] = piece[(slice(None), *index[1:])]
-        return out
-    for place, layer in enumerate(bounds[0]):
-        parts = [_read_whole(files[name].path, name) for name in names[layer]]
-        whole = parts[0] if len(axes) == 2 else join_linear(parts, axes[1:], leaf.shape[1:])
-        out[place] = whole[index[1:]]
-    return out
+    shape: tuple[int, ...],
+    num_in: int,
+    kind: str | None,
+    arrays: list[_Parts],
+    layer: int,
+    tensors: list[StoredTensor],
+) -> None:
+    """A layer's part of a stacked array, or of its values and scales where it is quantised."""
+    parts = [tensor.map() for tensor in tensors]
+    pieces = [join_linear(parts, axes, shape) if num_in else parts[0]]
+    if kind is not None:
+        quantized = _quantize_on_host(pieces[0], num_in, kind)
+        pieces = [np.asarray(quantized.values), np.asarray(quantized.scales)]
+    for array, piece in zip(arrays, pieces, strict=True):
+        array.write(range(layer, layer + 1), piece[None])
+
+
+def _quantize_on_host(weight: np.ndarray, num_in: int, kind: str) -> Any:
+    """By the CPU, where it has its own backend: the same bits whatever trains on them, and no copy to a device."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        device = jax.local_devices()[0]
+    return _jitted_quantize(jax.device_put(weight, device), num_in, kind)
+
+
+_jitted_quantize = jax.jit(quantize, static_argnums=(1, 2))
+
+
+class _Parts:
+    """The parts of an array that this process's devices hold, in host memory until all of it is read."""
+
+    def __init__(self, leaf: jax.ShapeDtypeStruct):
+        self.leaf = leaf
+        assert leaf.sharding is not None
+        indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+        self._buffers = {self._bounds(index): self._make_buffer(self._bounds(index)) for index in indices}
+
+    def _bounds(self, index: tuple[slice, ...] | None) -> tuple[tuple[int, int], ...]:
+        assert index is not None
+        return tuple(s.indices(n)[:2] for s, n in zip(index, self.leaf.shape, strict=True))
+
+    def _make_buffer(self, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        return _aligned_empty(tuple(stop - start for start, stop in bounds), self.leaf.dtype)
+
+    def write(self, rows: range, piece: np.ndarray) -> None:
+        """Puts a piece, all of some rows, into every part that has of them. Threads may write different rows."""
+        bits = f"u{self.leaf.dtype.itemsize}"  # numpy copies its own types without holding other threads back
+        piece = piece.astype(self.leaf.dtype, copy=False).view(bits)
+        for ((first, last), *others), buffer in self._buffers.items():
+            start, stop = max(rows.start, first), min(rows.stop, last)
+            if start < stop:
+                taken = piece[(slice(start - rows.start, stop - rows.start), *(slice(*bounds) for bounds in others))]
+                buffer.view(bits)[start - first : stop - first] = taken
+
+    def finish(self) -> jax.Array:
+        """The array on the mesh; the CPU backend takes the buffers over without a copy."""
+        fill: Callable[..., np.ndarray] = lambda index: self._buffers[self._bounds(index)]  # noqa: E731
+        return jax.make_array_from_callback(self.leaf.shape, self.leaf.sharding, fill)
 
 
 def join_linear(parts: list[np.ndarray], axes: str, shape: tuple[int, ...]) -> np.ndarray:
     """[out, in] tensors as one [in..., out...] weight; several are joined on axis C."""
     if "C" not in axes:
-        return parts[0].T.reshape(shape)
+        return _transpose(parts[0]).reshape(shape)
     place = axes.index("C")
     single = shape[:place] + shape[place + 1 :]
-    return np.stack([part.T.reshape(single) for part in parts], axis=place)
+    return np.stack([_transpose(part).reshape(single) for part in parts], axis=place)
+
+
+def _transpose(matrix: np.ndarray) -> np.ndarray:
+    """Transposed and contiguous, in strips that stay in the processor's cache."""
+    turned = np.empty(matrix.shape[::-1], matrix.dtype)
+    bits = f"u{matrix.dtype.itemsize}"
+    source, target = matrix.view(bits), turned.view(bits)
+    for start in range(0, len(matrix), 128):
+        target[:, start : start + 128] = source[start : start + 128].T
+    return turned
 
 
 def split_linear(weight: np.ndarray, axes: str, num_in: int) -> list[np.ndarray]:
@@ -222,19 +284,6 @@ def split_linear(weight: np.ndarray, axes: str, num_in: int) -> list[np.ndarray]
     parts = [weight] if "C" not in axes else list(np.moveaxis(weight, axes.index("C"), 0))
     width = int(np.prod(weight.shape[:num_in]))
     return [np.ascontiguousarray(part.reshape(width, -1).T) for part in parts]
-
-
-def _read_whole(path: Path, name: str) -> np.ndarray:
-    with safe_open(path, "numpy") as file:  # opened anew each time: mapped pages are given back at once
-        return file.get_tensor(name)
-
-
-def _read_rows(path: Path, name: str, rows: range, row: tuple[int, ...]) -> Iterator[tuple[range, np.ndarray]]:
-    step = max(1, PIECE_BYTES // (int(np.prod(row)) * 4))
-    for start in range(rows.start, rows.stop, step):
-        stop = min(start + step, rows.stop)
-        with safe_open(path, "numpy") as file:
-            yield range(start, stop), file.get_slice(name)[start:stop]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -14,7 +14,8 @@ from flax import nnx
 import checkpoints
 import support
 from adaptax.lora import init_adapters
-from adaptax.models.gemma3 import Gemma3, attention_masks
+from adaptax.models.attention import attention_masks
+from adaptax.models.gemma3 import Gemma3
 from adaptax.models.gemma3_weights import SIZES, Architecture
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptax.config import Config, DataConfig, UserError, locate, one_of, paths_of
+from adaptax.config import Config, DataConfig, UserError, locate, paths_of
 from adaptax.data.filters import RowFilter
 from adaptax.data.formats import check_format
 from adaptax.data.sources import find_units
+from adaptax.schema import one_of
 
 HUB = "hub:"
 

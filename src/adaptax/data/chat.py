@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adaptax.config import UserError, one_of
 from adaptax.data.tokenizer import BOS, END_OF_TURN, EOS, START_OF_TURN, Tokenizer
+from adaptax.schema import UserError, one_of
 
 Message = Mapping[str, Any]
 ROLES = {"system": "system", "user": "user", "human": "user"}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adaptax.config import Config, mesh_sizes
+from adaptax.config import Config, mesh_sizes, micro_batch
+from adaptax.data.packing import pad_length
 from adaptax.data.pipeline import BatchSource, Dataset, choose_lengths, load_data, load_held_out
 from adaptax.data.store import TokenStore
 from adaptax.data.tokenizer import Tokenizer
@@ -33,54 +35,88 @@ class Feed:
     global_batch_size: int  # sequences
 
 
+@dataclass(frozen=True)
+class RowSet:
+    """The rows of a run, before they are put in batches."""
+
+    train: Dataset | None  # None where rows are streamed
+    held_out: Dataset
+    lengths: np.ndarray  # of padded sequences, ascending
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequences."""
+        return int(self.lengths[-1])
+
+    def count(self, config: Config) -> int:
+        """Sequences of a pass over the data; a stream has no end."""
+        if self.train is None:
+            return sys.maxsize
+        return BatchSource(self.train, num_micro=1, batch_size=1, **_how(self.lengths, config)).steps_per_epoch
+
+
 def open_feed(
     config: Config,
     tokenizer: Tokenizer,
     part: tuple[int, int] = (0, 1),
     stores: Sequence[Sequence[TokenStore]] | None = None,
 ) -> Feed:
-    """Reads the rows and plans the batches.
+    """:func:`read_rows`, then :func:`plan_feed`."""
+    return plan_feed(read_rows(config, tokenizer, stores), config, tokenizer, part)
+
+
+def read_rows(config: Config, tokenizer: Tokenizer, stores: Sequence[Sequence[TokenStore]] | None = None) -> RowSet:
+    """Reads the rows.
 
     Args:
       config: of the run.
       tokenizer: the model's.
-      part: the share of each batch that this process loads: (i, of n).
       stores: the rows of each training source, where they are in memory already.
 
     Raises:
       UserError: as :func:`adaptax.data.pipeline.load_data` does.
     """
-    training, data = config.training, config.data
-    fsdp, _ = mesh_sizes(config.model.mesh_shape)
-    num_micro, batch_size = training.gradient_accumulation_steps, training.micro_batch_size * fsdp
+    data = config.data
     if data.streaming:
+        return RowSet(None, load_held_out(data, tokenizer), np.array([pad_length(data.max_length)]))
+    train, held_out = load_data(data, tokenizer, stores)
+    return RowSet(train, held_out, choose_lengths(data, train, held_out))
+
+
+def plan_feed(rows: RowSet, config: Config, tokenizer: Tokenizer, part: tuple[int, int] = (0, 1)) -> Feed:
+    """Plans the batches.
+
+    Args:
+      rows: from :func:`read_rows`.
+      config: of the run; its micro-batch is a number by now.
+      tokenizer: the model's.
+      part: the share of each batch that this process loads: (i, of n).
+    """
+    training = config.training
+    fsdp, _ = mesh_sizes(config.model.mesh_shape)
+    num_micro, batch_size = training.gradient_accumulation_steps, micro_batch(training) * fsdp
+    if rows.train is None:
         from adaptax.data.streaming import StreamSource  # brings grain, and so jax
 
-        train, held_out = None, load_held_out(data, tokenizer)
         batches = StreamSource(config, tokenizer, num_micro=num_micro, batch_size=batch_size, part=part)
-        buckets = np.array(batches.lengths)
         num_steps = training.num_epochs * (training.num_batches or 0)
     else:
-        train, held_out = load_data(data, tokenizer, stores)
-        buckets = choose_lengths(data, train, held_out)
-        batches = BatchSource(
-            train,
-            num_micro=num_micro,
-            batch_size=batch_size,
-            buckets=buckets,
-            packing=data.packing,
-            shuffle=data.shuffle,
-            seed=training.seed,
-            part=part,
-        )
+        how = _how(rows.lengths, config)
+        batches = BatchSource(rows.train, num_micro=num_micro, batch_size=batch_size, part=part, **how)
         per_epoch = training.num_batches
         num_steps = training.num_epochs * per_epoch if per_epoch else batches.count_steps(training.num_epochs)
     eval_batches = None
-    if len(held_out.examples):
+    if len(rows.held_out.examples):
+        packing = config.data.packing
         eval_batches = BatchSource(
-            held_out, num_micro=1, batch_size=batch_size, buckets=buckets, packing=data.packing, part=part
+            rows.held_out, num_micro=1, batch_size=batch_size, buckets=rows.lengths, packing=packing, part=part
         )
-    return Feed(batches, eval_batches, train, held_out, num_steps, num_micro * batch_size)
+    return Feed(batches, eval_batches, rows.train, rows.held_out, num_steps, num_micro * batch_size)
+
+
+def _how(lengths: np.ndarray, config: Config) -> dict[str, Any]:
+    data = config.data
+    return {"buckets": lengths, "packing": data.packing, "shuffle": data.shuffle, "seed": config.training.seed}
 
 
 def describe_feed(feed: Feed, config: Config) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adaptax.config import UserError, one_of
 from adaptax.data.chat import Piece, read_text, read_turns, render_chat, render_text
+from adaptax.schema import UserError, one_of
 
 Row = Mapping[str, Any]
 SEVERAL_COLUMNS = 12  # more are not all listed in a message

@@ -150,6 +150,11 @@ def plan_buckets(
     return EpochPlan(rows[placed], np.arange(len(placed) + 1), batches, np.array(padded, np.int64))
 
 
+def pad_length(length: int) -> int:
+    """The length of a padded sequence that holds so many tokens."""
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
 def choose_buckets(lengths: np.ndarray, num_buckets: int) -> np.ndarray:
     """At most so many padded lengths, ascending, that leave the least padding."""
     padded = -(-lengths // LENGTH_MULTIPLE) * LENGTH_MULTIPLE

@@ -14,7 +14,7 @@ import numpy as np
 from adaptax.config import DataConfig, UserError
 from adaptax.data.catalog import Source, eval_sources, train_sources
 from adaptax.data.encode import count_all, describe_counts, encode_source
-from adaptax.data.packing import LENGTH_MULTIPLE, EpochPlan, choose_buckets, plan_buckets, plan_packed
+from adaptax.data.packing import EpochPlan, choose_buckets, pad_length, plan_buckets, plan_packed
 from adaptax.data.store import Counts, Examples, TokenStore
 from adaptax.data.tokenizer import PAD, Tokenizer
 
@@ -314,4 +314,4 @@ def choose_lengths(config: DataConfig, *datasets: Dataset) -> np.ndarray:
     if not config.packing:
         return choose_buckets(lengths, config.length_buckets)
     limit = min(config.max_length, max(data.num_tokens for data in datasets))
-    return np.array([-(-limit // LENGTH_MULTIPLE) * LENGTH_MULTIPLE])
+    return np.array([pad_length(limit)])

@@ -14,7 +14,7 @@ import numpy as np
 from adaptax.config import Config, UserError
 from adaptax.data.catalog import Source, train_sources
 from adaptax.data.encode import describe_counts, stream_examples
-from adaptax.data.packing import LENGTH_MULTIPLE
+from adaptax.data.packing import pad_length
 from adaptax.data.pipeline import Batch, Place, pad_batch
 from adaptax.data.store import Counts
 from adaptax.data.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ class StreamSource:
     ):
         self._config, self._tokenizer = config, tokenizer
         self._sources = train_sources(config.data)
-        length = -(-config.data.max_length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        length = pad_length(config.data.max_length)
         self._shape, self._part, self.lengths = (num_micro, batch_size, length), part, [length]
         self.shape = (num_micro, batch_size // part[1])
         self._told: set[tuple[str, str]] = set()  # (path, what became of its rows)

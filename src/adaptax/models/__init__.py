@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from adaptax.config import ModelConfig, UserError, locate, one_of
+from adaptax.config import ModelConfig, UserError, locate
 from adaptax.models import gemma3_weights
 from adaptax.models.gemma3_weights import Architecture
+from adaptax.schema import one_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 

@@ -15,9 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
 
+from adaptax.models.attention import AttentionMask, attend, build_masks
 from adaptax.models.gemma3_weights import Architecture
+from adaptax.quantize import dequantize_tree
 
+# What a layer keeps for the backward pass, by ``Gemma3.remat``; ``none`` leaves nothing to be computed anew.
+REMAT_POLICIES = {"full": None, "matmul": jax.checkpoint_policies.save_only_these_names("product", "attention")}
 _init = nnx.initializers.normal(0.02)
 Watch = Callable[[jax.Array, Any], tuple[jax.Array, Any]]  # (x_BTD, tap or None) -> (x_BTD to go on with, note)
 
@@ -47,7 +53,8 @@ class Projection(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         contracted = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
-        return jax.lax.dot_general(x, self.w[...].astype(x.dtype), (contracted, ((), ())))
+        product = jax.lax.dot_general(x, self.w[...].astype(x.dtype), (contracted, ((), ())))
+        return checkpoint_name(product, "product")
 
 
 class Attention(nnx.Module):
@@ -63,12 +70,13 @@ class Attention(nnx.Module):
         self.scale = arch.query_pre_attn_scalar**-0.5
         self.num_kv_heads = K
 
-    def __call__(self, x_BTD: jax.Array, rope_BTH: tuple[jax.Array, jax.Array], mask_BTS: jax.Array) -> jax.Array:
+    @jax.named_scope("attention")
+    def __call__(self, x_BTD: jax.Array, rope_BTH: tuple[jax.Array, jax.Array], mask: AttentionMask) -> jax.Array:
         q_BTNH = apply_rope(self.query_norm(self.q_einsum(x_BTD)), *rope_BTH)
         kv_BSCKH = self.kv_einsum(x_BTD)
         k_BSKH = apply_rope(self.key_norm(kv_BSCKH[:, :, 0]), *rope_BTH)
         v_BSKH = kv_BSCKH[:, :, 1]
-        return self.attn_vec_einsum(attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, self.scale))
+        return self.attn_vec_einsum(attend(q_BTNH, k_BSKH, v_BSKH, mask, self.scale))
 
 
 class MLP(nnx.Module):
@@ -80,6 +88,7 @@ class MLP(nnx.Module):
         self.up_proj = Projection((D, F), 1, stack, rngs)
         self.down_proj = Projection((F, D), 1, stack, rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.gelu(self.gate_proj(x_BTD), approximate=True) * self.up_proj(x_BTD))
 
@@ -98,11 +107,11 @@ class Block(nnx.Module):
         self,
         x_BTD: jax.Array,
         rope_BTH: tuple[jax.Array, jax.Array],
-        mask_BTS: jax.Array,
+        mask: AttentionMask,
         look: Callable[[str, jax.Array], jax.Array] = lambda half, x_BTD: x_BTD,
     ) -> jax.Array:
         """The layer's output; ``look`` is handed the name and the outcome of each half, and what it gives goes on."""
-        x_BTD = x_BTD + self.post_attention_norm(self.attn(self.pre_attention_norm(x_BTD), rope_BTH, mask_BTS))
+        x_BTD = x_BTD + self.post_attention_norm(self.attn(self.pre_attention_norm(x_BTD), rope_BTH, mask))
         x_BTD = look("attn", x_BTD)
         return look("mlp", x_BTD + self.post_ffw_norm(self.mlp(self.pre_ffw_norm(x_BTD))))
 
@@ -110,7 +119,8 @@ class Block(nnx.Module):
     def example_inputs(arch: Architecture) -> tuple[Any, ...]:
         """Arguments of a call, the smallest there are: for tracing a block outside the model."""
         rope = (jnp.zeros((1, 1, arch.head_dim // 2)), jnp.zeros((1, 1, arch.head_dim // 2)))
-        return jnp.zeros((1, 1, arch.embed_dim)), rope, jnp.ones((1, 1, 1), bool)
+        mask, _ = build_masks(jnp.zeros((1, 1), int), jnp.ones((1, 1), int), arch.sliding_window)
+        return jnp.zeros((1, 1, arch.embed_dim)), rope, mask
 
 
 class Embedder(nnx.Module):
@@ -119,6 +129,7 @@ class Embedder(nnx.Module):
     def __init__(self, arch: Architecture, rngs: nnx.Rngs):
         self.embedding = nnx.Param(_init(rngs.params(), (arch.vocab_size, arch.embed_dim)))
 
+    @jax.named_scope("embedding")
     def __call__(self, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
         rows_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0).astype(dtype)
         return rows_BTD * jnp.sqrt(rows_BTD.shape[-1]).astype(dtype)
@@ -137,7 +148,9 @@ class Gemma3(nnx.Module):
         self.layers = Block(arch, rngs=rngs, stack=(arch.num_layers,))
         self.final_norm = RMSNorm(arch.embed_dim, arch.norm_eps, ())
         self.first_adapted = 0
-        self.activation_sharding: jax.sharding.Sharding | None = None  # of [B, T, D]; None leaves it to the compiler
+        self.remat = "full"
+        self.attention = "plain"  # or another implementation of adaptax.models.attention
+        self.activation_sharding: NamedSharding | None = None  # of [B, T, D]; None leaves it to the compiler
 
     def __call__(
         self,
@@ -163,7 +176,9 @@ class Gemma3(nnx.Module):
           taps: what else it is given behind a half, by name, stacked by layer from ``first_adapted`` on.
         """
         arch = self.arch
-        masks = attention_masks(positions_BT, segments_BT, arch.sliding_window)
+        mesh = None if self.activation_sharding is None else self.activation_sharding.mesh
+        kind = {"implementation": self.attention, "mesh": mesh, "dtype": dtype}
+        masks = build_masks(positions_BT, segments_BT, arch.sliding_window, **kind)
         ropes = (
             rope_angles(positions_BT, arch.head_dim, arch.rope_theta_local, 1.0),
             rope_angles(positions_BT, arch.head_dim, arch.rope_theta_global, arch.rope_factor),
@@ -181,7 +196,9 @@ class Gemma3(nnx.Module):
             below = jnp.arange(self.first_adapted), nnx.State({}), {}
             x_BTD, notes_L = jax.lax.scan(functools.partial(layer, plain), x_BTD, below)
             noted.append(notes_L)
-        adapted = jax.checkpoint(functools.partial(layer, graphdef), prevent_cse=False)
+        adapted = functools.partial(layer, graphdef)
+        if self.remat != "none":
+            adapted = jax.checkpoint(adapted, prevent_cse=False, policy=REMAT_POLICIES[self.remat])
         above = jnp.arange(self.first_adapted, arch.num_layers), lora, taps or {}
         x_BTD, notes_L = jax.lax.scan(adapted, x_BTD, above)
         notes |= jax.tree.map(lambda *parts: jnp.concatenate(parts), *noted, notes_L)
@@ -205,13 +222,12 @@ class Gemma3(nnx.Module):
                     x_BTD, notes[half] = watch(x_BTD, taps_i.get(half))
                 return x_BTD
 
-            weights_i = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), weights)
-            block = nnx.merge(graphdef, lora_i, weights_i)
+            weights_i = jax.tree.map(lambda w: take_layer(w, i), weights)
+            block = nnx.merge(graphdef, lora_i, dequantize_tree(weights_i, x_BTD.dtype))
             if key is not None and lora_i:
                 block.set_attributes(qwix_rngs=nnx.Rngs(dropout=jax.random.fold_in(key, i)))
-            mask_BTS = jnp.where(is_global_L[i], *reversed(masks))
-            rope_BTH = jax.tree.map(lambda local, full: jnp.where(is_global_L[i], full, local), *ropes)
-            return self._shard(block(x_BTD, rope_BTH, mask_BTS, look)), notes
+            choose = functools.partial(jax.tree.map, lambda local, full: jnp.where(is_global_L[i], full, local))
+            return self._shard(block(x_BTD, choose(*ropes), choose(*masks), look)), notes
 
         return layer
 
@@ -221,27 +237,15 @@ class Gemma3(nnx.Module):
         return jax.lax.with_sharding_constraint(x_BTD, self.activation_sharding)
 
 
-def attention_masks(positions_BT: jax.Array, segments_BT: jax.Array, window: int) -> tuple[jax.Array, jax.Array]:
-    """(local, global) masks, [B, T, S]: causal, within a segment, and local to the last ``window`` keys."""
-    distance_BTS = positions_BT[:, :, None] - positions_BT[:, None, :]
-    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-    causal_BTS = same_BTS & (distance_BTS >= 0)
-    return causal_BTS & (distance_BTS < window), causal_BTS
+def take_layer(w: jax.Array, i: jax.Array) -> jax.Array:
+    """The weight of layer i out of a stack.
 
-
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
-    """Softmax attention, grouped heads, logits and softmax in float32. Returns [B, T, N, H]."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    G = N // K
-    # The queries of a group stand below each other, M = G * T: one plain matrix product per key/value head.
-    q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
-    logits_BKMS = jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32) * scale
-    mask_BKMS = jnp.tile(mask_BTS, (1, G, 1))[:, None]
-    weights_BKMS = jax.nn.softmax(jnp.where(mask_BKMS, logits_BKMS, jnp.finfo(jnp.float32).min), axis=-1)
-    out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS.astype(v_BSKH.dtype), v_BKSH)
-    return out_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    Slices of bfloat16 are taken as integers: the CPU backend would slice a float32 copy of the whole stack.
+    """
+    if w.dtype != jnp.bfloat16:
+        return jax.lax.dynamic_index_in_dim(w, i, keepdims=False)
+    bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_index_in_dim(bits, i, keepdims=False), jnp.bfloat16)
 
 
 def rope_angles(positions_BT: jax.Array, head_dim: int, theta: float, factor: float) -> tuple[jax.Array, jax.Array]:

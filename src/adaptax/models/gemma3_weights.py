@@ -271,6 +271,11 @@ def adapter_axes(arch: Architecture, kind: str) -> tuple[tuple[str, int], tuple[
     return tuple((axes[0], _product(axes, sizes)) for axes in (linear.in_axes, linear.out_axes))  # type: ignore[return-value]
 
 
+def attention_windows(arch: Architecture) -> tuple[int | None, ...]:
+    """Of each layer: how many keys a query sees at most, itself included; None where it sees all before it."""
+    return tuple(None if is_global else arch.sliding_window for is_global in arch.global_layers)
+
+
 def tensor_names(path: str, arch: Architecture, prefix: str) -> list[list[str]]:
     """The checkpoint tensors behind a parameter: one list per layer (a single one for unstacked parameters)."""
     if path == EMBEDDING:

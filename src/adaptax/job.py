@@ -1,0 +1,93 @@
+"""What the parts of a run share: its configuration on a mesh, the model's numbers, where adapters go, its programs."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from adaptax.config import Config
+from adaptax.lora import LoraSpec, build_model
+from adaptax.models import Architecture, Family, find_architecture, find_family, find_source, match_modules
+from adaptax.models.attention import choose_attention
+from adaptax.step import Program
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the parts of one run share."""
+
+    config: Config
+    mesh: Mesh
+    family: Family
+    arch: Architecture
+    spec: LoraSpec
+    source: str  # of the base weights
+    num_steps: int
+
+    @property
+    def dtype(self) -> Any:
+        """The compute type; ``auto`` is float32 on CPU, where bfloat16 is no faster, and bfloat16 elsewhere."""
+        name = self.config.model.dtype
+        if name == "auto":
+            name = "float32" if self.platform == "cpu" else "bfloat16"
+        return jnp.dtype(name)
+
+    @property
+    def platform(self) -> str:
+        """Kind of the devices: ``cpu``, ``gpu`` or ``tpu``."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def attention(self) -> str:
+        """The implementation of attention.
+
+        Raises:
+          UserError: the one that is asked for cannot be had.
+        """
+        name, device = self.config.model.attention, self.mesh.devices.flat[0]
+        is_packed = self.config.data.packing or self.config.data.streaming
+        return choose_attention(name, device, self.arch, self.dtype, is_packed=is_packed)
+
+
+def build_job(config: Config, mesh: Mesh, directory: Path | None = None) -> Job:
+    """The job of a configuration; how many steps it has is not known yet.
+
+    Args:
+      config: of the run.
+      mesh: its devices.
+      directory: where the small files of its weights lie, if they were fetched.
+    """
+    family, arch = find_family(config.model.model_family), find_architecture(config.model, directory)
+    return Job(config, mesh, family, arch, build_spec(config, arch), find_source(config.model), 0)
+
+
+def build_spec(config: Config, arch: Architecture) -> LoraSpec:
+    """The adapters that the configuration asks for; a null alpha is the rank."""
+    model = config.model
+    alpha = model.lora_alpha or float(model.lora_rank)
+    return LoraSpec(match_modules(model, arch), model.lora_rank, alpha, model.lora_dropout)
+
+
+def build_programs(job: Job, remat: str) -> tuple[Program, Program]:
+    """(for training, for evaluation); nothing is compiled."""
+    build = functools.partial(build_model, job.family, job.arch, job.spec, job.mesh, attention=job.attention)
+    train, evaluation = (build(train=is_train, remat=remat) for is_train in (True, False))
+    windows = tuple(dict.fromkeys(job.family.checkpoint.attention_windows(job.arch)))
+    program = Program(train, job.spec, job.dtype, job.mesh, windows)
+    return program, replace(program, graphdef=evaluation)
+
+
+def with_training(job: Job, **values: Any) -> Job:
+    """The job with other values under ``training``."""
+    return replace(job, config=replace(job.config, training=replace(job.config.training, **values)))
+
+
+def set_precision(job: Job) -> None:
+    """Products in float32 are exact to float32, also where the device has a faster way."""
+    jax.config.update("jax_default_matmul_precision", "highest" if job.dtype == jnp.float32 else None)

@@ -43,7 +43,8 @@ def test_the_quickstart_learns_the_skill(tmp_path: Path) -> None:
     scores = next(row for row in metrics_of(folder) if "eval_exact_match" in row)
     assert scores["eval_exact_match_before"] <= 0.05
     assert scores["eval_exact_match"] >= 0.90
-    assert re.search(r"exact match on 200 held-out rows: 0\.0% before, \d+\.\d% after", (folder / "run.log").read_text())
+    log = (folder / "run.log").read_text()
+    assert re.search(r"exact match on 200 held-out rows: 0\.0% before, \d+\.\d% after", log)
     assert (folder / "loss.png").stat().st_size > 5000
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,10 +161,21 @@ def test_bfloat16_weights_stay_bfloat16_and_compute_as_float32(tmp_path: Path) -
     np.testing.assert_array_equal(a, b)
 
 
-def test_every_mesh_gets_the_same_values() -> None:
+@pytest.mark.parametrize(("fsdp", "tp"), [(4, 2), (2, 4)])
+def test_every_mesh_gets_the_same_values_each_device_its_part(fsdp: int, tp: int) -> None:
     _, alone = support.open_checkpoint(GOLDEN / "text")
-    _, spread = support.open_checkpoint(GOLDEN / "text", support.make_mesh(4, 2))
-    assert all(np.array_equal(alone[path], spread[path]) for path in alone)
+    _, spread = support.open_checkpoint(GOLDEN / "text", support.make_mesh(fsdp, tp))
+    for path, array in alone.items():
+        whole = np.asarray(array)
+        for shard in spread[path].addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index])
+
+
+def test_a_tensor_larger_than_a_piece_is_read_in_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, whole = support.open_checkpoint(GOLDEN / "text", support.make_mesh(2, 4))
+    monkeypatch.setattr("adaptax.tensor_files.PIECE_BYTES", 7 * 32 * 4)  # seven rows of the embedding, of 192
+    _, pieced = support.open_checkpoint(shutil.copytree(GOLDEN / "text", tmp_path / "copy"), support.make_mesh(2, 4))
+    assert all(np.array_equal(whole[path], pieced[path]) for path in whole)
 
 
 def test_the_size_must_fit_the_checkpoint() -> None:
@@ -223,7 +235,8 @@ mesh = support.make_mesh()
 directory = Path(sys.argv[1])
 arch = find_architecture(support.model_config(directory))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-base = support.load(directory, arch, mesh)
+quantization = sys.argv[2] if len(sys.argv) > 2 else None
+base = support.load(directory, arch, mesh, quantization=quantization)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
@@ -232,19 +245,35 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_host_memory_is_the_checkpoint_and_little_more(dtype: str, tmp_path: Path) -> None:
     """A checkpoint of 1.2 (or 0.6) GB, most of it one embedding."""
+    size = write_large(tmp_path, dtype, vocab_size=262_144, intermediate_size=2048)
+    assert peak_of_loading(tmp_path) <= size + (1 << 29)
+
+
+@pytest.mark.slow
+def test_a_base_that_is_quantised_while_it_is_read_is_never_there_as_it_is_stored(tmp_path: Path) -> None:
+    """A checkpoint of 0.8 GB, most of it matrices; what is kept of it in 4 bits is a quarter."""
+    size = write_large(tmp_path, "bfloat16", vocab_size=8192, intermediate_size=8192)
+    assert peak_of_loading(tmp_path, "nf4") <= size
+
+
+def write_large(folder: Path, dtype: str, **numbers: int) -> int:
+    """A checkpoint of 24 layers; bytes of its file."""
     config = json.loads((GOLDEN / "text" / "config.json").read_text())
-    config |= {"vocab_size": 262_144, "hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 24}
+    config |= {"hidden_size": 640, "num_hidden_layers": 24} | numbers
     config |= {"head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 1}
     config.pop("layer_types", None)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    arch = find_architecture(support.model_config(tmp_path))
+    (folder / "config.json").write_text(json.dumps(config))
+    arch = find_architecture(support.model_config(folder))
     kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
     shapes = support.FAMILY.checkpoint.tensor_shapes(arch, "model.")
-    save_file({name: np.zeros(shape, kind) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
-    size = (tmp_path / "model.safetensors").stat().st_size
+    save_file({name: np.zeros(shape, kind) for name, shape in shapes.items()}, folder / "model.safetensors")
+    return (folder / "model.safetensors").stat().st_size
+
+
+def peak_of_loading(*arguments: Path | str) -> int:
+    """Bytes of host memory at the most, in a process of its own, above those before."""
     root = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{root}:{root.parent / 'src'}"}
-    done = subprocess.run(
-        [sys.executable, "-c", _PEAK, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) * 1024 <= size + (1 << 29)
+    command = [sys.executable, "-c", _PEAK, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout) * 1024

@@ -24,7 +24,7 @@ from adaptax.quantize import KINDS, find_kind, quantize, quantized_shapes
 from adaptax.schema import UserError
 from adaptax.tensor_files import DTYPES, PIECE_BYTES, StoredTensor, list_tensors
 
-READING_BYTES = 512 << 20  # of what threads read at once, so that host memory stays near the weights' own size
+READING_BYTES = 512 << 20  # that all threads may be at work on, so that host memory stays near the weights' own size
 MAX_READERS = 8
 
 
@@ -181,7 +181,7 @@ def _read_weights(
         if axes.startswith("L"):
             shape, num_in = tuple(sizes[axis] for axis in axes[1:]), _num_in_axes(family, path)
             read = functools.partial(_read_layer, axes[1:], shape, num_in, kind, list(arrays.values()))
-            pieces, piece_bytes = list(enumerate(stored)), 4 * math.prod(shape)
+            pieces, piece_bytes = list(enumerate(stored)), (16 if kind else 4) * math.prod(shape)
         else:
             read = functools.partial(_read_rows, array=arrays[path])
             pieces, piece_bytes = [(rows, stored[0][0]) for rows in stored[0][0].split()], PIECE_BYTES

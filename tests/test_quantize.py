@@ -20,7 +20,7 @@ import small_runs
 import support
 from adaptax.checkpoint import digest_arrays, read_digests
 from adaptax.diagnose import build_diagnose
-from adaptax.lora import Arrays, build_model, merge_model
+from adaptax.lora import Arrays, adapter_shapes, build_model, init_adapters, merge_model
 from adaptax.mesh import partition
 from adaptax.models.gemma3_weights import LINEARS, SIZES, Architecture
 from adaptax.quantize import NF4, Quantized, dequantize_tree, join_scales, quantize
@@ -166,10 +166,17 @@ def test_threads_that_ask_for_the_same_weights_are_given_the_same(tmp_path: Path
 SPEC = support.full_spec(TINY, layers={kind: (1, 2, 4) for kind in LINEARS})
 
 
+def draw_adapters(mesh: Mesh) -> Arrays:
+    """Adapters that do something, drawn without compiling."""
+    rng, shapes = np.random.default_rng(0), adapter_shapes(support.FAMILY, TINY, SPEC)
+    hosts = {path: 0.05 * rng.standard_normal(shape, np.float32) for path, (shape, _) in shapes.items()}
+    return {path: jax.device_put(host, partition(shapes[path][1], host.shape, mesh)) for path, host in hosts.items()}
+
+
 def test_loss_and_gradients_are_those_of_the_weights_it_stands_for() -> None:
     """With layers that have no adapters below, between and above; matrix products kept for the backward pass."""
     mesh = support.make_mesh(2, 2)
-    base, adapters = load_mixed(mesh, SOURCE), support.random_adapters(TINY, SPEC, mesh)
+    base, adapters = load_mixed(mesh, SOURCE), draw_adapters(mesh)
     graphdef = build_model(support.FAMILY, TINY, SPEC, mesh, train=True, remat="matmul")
     batch = support.shard_batch(support.random_batch(TINY.vocab_size, (1, 8, 16)), mesh)
     tokens, positions, segments = (batch[name][0] for name in ("tokens", "positions", "segments"))
@@ -192,16 +199,17 @@ def test_loss_and_gradients_are_those_of_the_weights_it_stands_for() -> None:
 def test_adapters_add_to_it_what_they_add_to_weights() -> None:
     mesh = support.make_mesh()
     base = load_mixed(mesh, SOURCE)
-    adapters, merged = support.random_adapters(TINY, SPEC, mesh), plain(base)
+    adapters = draw_adapters(mesh)
+    merged = {path: np.array(array) for path, array in plain(base).items()}
     for kind, layers in SPEC.layers.items():
-        delta = adapters[f"layers/{kind}/w_lora_a"] @ adapters[f"layers/{kind}/w_lora_b"] * (SPEC.alpha / SPEC.rank)
-        path = f"layers/{kind}/w"
-        merged[path] = merged[path].at[np.array(layers)].add(delta.reshape(-1, *merged[path].shape[1:]))
+        a, b = (np.asarray(adapters[f"layers/{kind}/w_lora_{x}"]) for x in "ab")
+        weight = merged[f"layers/{kind}/w"]
+        weight[np.array(layers)] += (a @ b * (SPEC.alpha / SPEC.rank)).reshape(-1, *weight.shape[1:])
     tokens = np.arange(10, 42)[None]
     program, bare = (support.make_program(TINY, spec, mesh, train=False) for spec in (SPEC, None))
     adapted = support.hidden_states(program, base, adapters, tokens)
-    np.testing.assert_allclose(adapted, support.hidden_states(bare, merged, {}, tokens), atol=2e-5)
-    assert np.abs(delta).max() > 1e-2
+    expected = support.hidden_states(bare, {path: jnp.asarray(a) for path, a in merged.items()}, {}, tokens)
+    np.testing.assert_allclose(adapted, expected, atol=2e-5)
 
 
 def test_no_more_than_a_layer_of_plain_weights_is_there_in_a_step() -> None:
@@ -232,7 +240,7 @@ def test_damage_in_the_checkpoint_is_named_by_layer_and_matrix(tmp_path: Path) -
         tensors[f"model.layers.{layer}.mlp.{name}_proj.weight"] = damaged
     save_file(tensors, tmp_path / "model.safetensors")
     mesh, spec = support.make_mesh(), support.full_spec(TINY, rank=2, layers={"attn/q_einsum": (4,)})
-    program, adapters = support.make_program(TINY, spec, mesh), support.random_adapters(TINY, spec, mesh)
+    program, adapters = support.make_program(TINY, spec, mesh), init_adapters(support.FAMILY, TINY, spec, mesh, 0)
     run, batch = build_diagnose(program), support.shard_batch(support.random_batch(2048, (1, 2, 8)), mesh)
     assert run(load_mixed(mesh, SOURCE), adapters, batch).damaged == ()
     damaged = run(load_mixed(mesh, tmp_path), adapters, batch).damaged

@@ -35,8 +35,8 @@ class Sizes:
 
 
 # On CPU, as measured: larger blocks compute more that is masked, smaller ones make the matrix products slower; a row
-# alone has tighter ranges, and its products are large enough; up to 256 tokens, of which two blocks leave out a quarter,
-# plain is as fast. Elsewhere, not measured: a loop's step costs more than its arithmetic, so few steps, with all rows.
+# alone has tighter ranges, and its products are large enough; up to 256 tokens, of which two blocks leave out a
+# quarter, plain is as fast. Elsewhere, not measured: a loop's step costs more than its arithmetic, so few steps.
 SIZES = {"cpu": Sizes(block=128, short=256, one_by_one=True)}
 OTHER_SIZES = Sizes(block=512, short=1024, one_by_one=False)
 

@@ -216,6 +216,7 @@ def test_on_a_mesh_every_device_works_with_its_own_heads(shape: tuple[int, int],
     assert_close(build("xla", shape)(*arguments), build("plain")(*arguments))
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_model_communicates_as_with_plain_attention() -> None:
     plain, ours = (
         sorted(re.findall(r"= (\w+\[[\d,]*\])\S* (all-[\w-]+|collective-permute)\(", text))
@@ -244,6 +245,7 @@ def run_model(attention: str) -> tuple[str, float, dict[str, np.ndarray]]:
     return compiled.as_text(), float(loss), {path: np.asarray(array) for path, array in gradient.items()}
 
 
+@pytest.mark.slow
 def test_the_model_learns_the_same_with_blocks() -> None:
     (_, loss, ours), (_, expected, theirs) = run_model("xla"), run_model("plain")
     assert loss == pytest.approx(expected, rel=1e-5)

@@ -14,7 +14,7 @@ import support
 from adaptax.choices import NUM_PROPOSALS, choose_micro_batch, propose
 from adaptax.config import TrainingConfig, UserError, micro_batch
 from adaptax.job import Job, build_job, with_training
-from adaptax.memory import compile_steps, describe_base
+from adaptax.memory import describe_base, foretell
 from adaptax.prepare import load_base, prepare
 
 LENGTH = 64
@@ -35,7 +35,7 @@ def job_of(home: Path, **training: Any) -> Job:
 def peak_of(job: Job, **training: Any) -> int:
     """Bytes of the job with other values."""
     base = describe_base(job, Path(job.source))
-    return compile_steps(with_training(job, **training), base, LENGTH).peak_bytes
+    return foretell(with_training(job, **training), base, LENGTH).peak_bytes
 
 
 def choose(job: Job, free: int | None, most: int = 1000) -> TrainingConfig:
@@ -64,7 +64,7 @@ def test_with_remat_open_too_memory_goes_to_the_batch_first(home: Path) -> None:
     job = build_job(small_runs.make_config(home, changes | {"training.micro_batch_size": "auto"}), support.make_mesh())
     base = describe_base(job, None)
     full, matmul = (
-        compile_steps(with_training(job, micro_batch_size=4, remat=remat), base, LENGTH).peak_bytes
+        foretell(with_training(job, micro_batch_size=4, remat=remat), base, LENGTH).peak_bytes
         for remat in ("full", "matmul")
     )
     for free, remat in (((full + matmul) // 2, "full"), (1 << 40, "matmul")):

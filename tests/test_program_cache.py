@@ -51,6 +51,18 @@ def test_the_next_process_finds_what_was_compiled(tmp_path: Path) -> None:
     assert (again, hits > 0) == (folder, True)
 
 
+def test_a_program_that_a_kill_cut_short_is_made_anew(tmp_path: Path) -> None:
+    folder, _, _ = compile_it(tmp_path, "1.0")
+    programs = list(Path(folder).glob("*-cache"))
+    for path in programs:
+        path.write_bytes(path.read_bytes()[:100])
+        path.with_name(path.name.removesuffix("-cache") + "-atime").unlink()
+    _, hits, said = compile_it(tmp_path, "1.0")
+    assert (hits, said) == (0, "")
+    assert all(path.stat().st_size > 100 for path in programs)
+    assert compile_it(tmp_path, "1.0")[1] > 0
+
+
 def test_it_is_bounded_and_can_be_turned_off(tmp_path: Path) -> None:
     folder, _, _ = compile_it(tmp_path, "0.00000001")
     assert size_of(Path(folder)) < 1000

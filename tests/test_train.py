@@ -23,7 +23,12 @@ from adaptax.train import run
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_run.json"
 SHORT = ["+experiment=quickstart", "training.num_batches=6", "training.num_epochs=1", "training.micro_batch_size=4"]
-SHORT += ["optimizer.learning_rate=6e-3", "schedule.warmup_steps=1", "training.eval_every_steps=null", "training.exact_match_rows=0"]
+SHORT += [
+    "optimizer.learning_rate=6e-3",
+    "schedule.warmup_steps=1",
+    "training.eval_every_steps=null",
+    "training.exact_match_rows=0",
+]
 
 
 def make_config(*overrides: str) -> Config:

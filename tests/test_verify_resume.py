@@ -50,6 +50,19 @@ def test_a_run_that_differs_is_told(home: Path, tmp_path: Path, capsys: pytest.C
     assert "different: ['adapters']" in told
 
 
+def test_a_run_that_breaks_keeps_its_traceback(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another user's broken numpy, say."""
+    (tmp_path / "numpy.py").write_text("raise ZeroDivisionError('of the environment')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match="the run failed with exit code 1; what it wrote stands above"):
+        verify_resume([f"model.weights={home / 'model'}", "model.model_size=auto"], 4, 2)
+    told = capfd.readouterr().err
+    assert "Traceback" in told
+    assert "ZeroDivisionError: of the environment" in told
+
+
 @pytest.mark.parametrize(
     ("overrides", "steps", "at", "words"),
     [

@@ -6,6 +6,7 @@ import bisect
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 import jax
 
 from adaptax.config import TrainingConfig, UserError, check_divisible, micro_batch
-from adaptax.job import Job, with_training
-from adaptax.memory import Footprint, compile_steps, describe_base, show_bytes
+from adaptax.job import Job, Steps, with_training
+from adaptax.memory import Footprint, Shapes, compile_steps, describe_base, foretell, show_bytes
 from adaptax.mesh import build_mesh
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,31 @@ def remat_policies(job: Job) -> tuple[str, ...]:
     """What may be taken for ``training.remat``, the fastest first."""
     remat = job.config.training.remat
     return REMAT_ORDER[job.platform] if remat == "auto" else (remat,)
+
+
+def compile_fitting(
+    job: Job, base: Shapes, length: int, free: int | None, *, with_eval: bool
+) -> tuple[Job, Steps, Footprint]:
+    """Compiles the steps with the fastest remat policy that fits, or else with the one that takes least.
+
+    Args:
+      job: whose micro-batch has been chosen.
+      base: shapes of the base weights.
+      length: of the longest sequences.
+      free: bytes that a device has; None where that is not known.
+      with_eval: whether there is an evaluation step.
+
+    Returns:
+      The job with that policy, its steps, and what they take.
+    """
+    for remat in remat_policies(job):
+        started, job = time.monotonic(), with_training(job, remat=remat)
+        steps, footprint = compile_steps(job, base, length, with_eval=with_eval)
+        words = "training.remat=%s: steps compiled in %.1f s; on each device: %s"
+        log.info(words, remat, time.monotonic() - started, footprint.describe())
+        if free is None or footprint.peak_bytes <= free:
+            break
+    return job, steps, footprint
 
 
 def choose_micro_batch(job: Job, directory: Path | None, length: int, free: int | None, most: int) -> Job:
@@ -59,12 +85,12 @@ def choose_micro_batch(job: Job, directory: Path | None, length: int, free: int 
     base = describe_base(job, directory)
     for remat in remat_policies(job):
         plan = functools.partial(_with_micro_batch, with_training(job, remat=remat))
-        size = _find_largest(sizes, lambda n, plan=plan: compile_steps(plan(n), base, length).peak_bytes, free)
+        size = _find_largest(sizes, lambda n, plan=plan: foretell(plan(n), base, length).peak_bytes, free)
         if size and (size * length >= ENOUGH_TOKENS or size == sizes[-1]):
             break
     if size is None:
         smallest = plan(sizes[0])
-        raise UserError(describe_excess(smallest, compile_steps(smallest, base, length), directory, length, free))
+        raise UserError(describe_excess(smallest, foretell(smallest, base, length), directory, length, free))
     chosen = plan(size)
     log.info("training.micro_batch_size=%d training.remat=%s: the most that fits %s", size, remat, show_bytes(free))
     return chosen
@@ -115,7 +141,7 @@ def propose(job: Job, directory: Path | None, length: int, free: int) -> list[Pr
         tried: list[Proposal] = []
         for overrides, changed, shorter in [changes[-1], *changes[:-1]]:  # if the largest is too little, so is each
             log.info("compiling with %s", overrides)
-            tried.append(Proposal(overrides, compile_steps(changed, describe_base(changed, directory), shorter)))
+            tried.append(Proposal(overrides, foretell(changed, describe_base(changed, directory), shorter)))
             if tried[0].footprint.peak_bytes > free or (tried[1:] and tried[-1].footprint.peak_bytes <= free):
                 break
         best = next((p for p in [*tried[1:], tried[0]] if p.footprint.peak_bytes <= free), None)

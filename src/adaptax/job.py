@@ -15,7 +15,8 @@ from adaptax.config import Config
 from adaptax.lora import LoraSpec, build_model
 from adaptax.models import Architecture, Family, find_architecture, find_family, find_source, match_modules
 from adaptax.models.attention import choose_attention
-from adaptax.step import Program
+from adaptax.optim import build_optimizer
+from adaptax.step import Program, StepPerLength, build_eval_step, build_train_step
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Job:
 
 
 def build_job(config: Config, mesh: Mesh, directory: Path | None = None) -> Job:
-    """The job of a configuration; how many steps it has is not known yet.
+    """The job of a configuration; how many steps it has is not known yet: as few as its schedule allows.
 
     Args:
       config: of the run.
@@ -64,7 +65,8 @@ def build_job(config: Config, mesh: Mesh, directory: Path | None = None) -> Job:
       directory: where the small files of its weights lie, if they were fetched.
     """
     family, arch = find_family(config.model.model_family), find_architecture(config.model, directory)
-    return Job(config, mesh, family, arch, build_spec(config, arch), find_source(config.model), 0)
+    source = find_source(config.model)
+    return Job(config, mesh, family, arch, build_spec(config, arch), source, config.schedule.warmup_steps + 1)
 
 
 def build_spec(config: Config, arch: Architecture) -> LoraSpec:
@@ -74,13 +76,25 @@ def build_spec(config: Config, arch: Architecture) -> LoraSpec:
     return LoraSpec(match_modules(model, arch), model.lora_rank, alpha, model.lora_dropout)
 
 
-def build_programs(job: Job, remat: str) -> tuple[Program, Program]:
-    """(for training, for evaluation); nothing is compiled."""
+@dataclass(frozen=True)
+class Steps:
+    """The programs of a run, and its steps, each compiled for a length of sequences when it first meets it."""
+
+    program: Program
+    eval_program: Program
+    train: StepPerLength
+    evaluate: StepPerLength
+
+
+def build_steps(job: Job) -> Steps:
+    """The steps of a job whose ``training.remat`` has been chosen; nothing is compiled."""
     build = functools.partial(build_model, job.family, job.arch, job.spec, job.mesh, attention=job.attention)
-    train, evaluation = (build(train=is_train, remat=remat) for is_train in (True, False))
+    train, evaluation = (build(train=is_train, remat=job.config.training.remat) for is_train in (True, False))
     windows = tuple(dict.fromkeys(job.family.checkpoint.attention_windows(job.arch)))
     program = Program(train, job.spec, job.dtype, job.mesh, windows)
-    return program, replace(program, graphdef=evaluation)
+    eval_program = replace(program, graphdef=evaluation)
+    train_step = build_train_step(program, *build_optimizer(job.config.optimizer, job.config.schedule, job.num_steps))
+    return Steps(program, eval_program, StepPerLength(train_step), StepPerLength(build_eval_step(eval_program)))
 
 
 def with_training(job: Job, **values: Any) -> Job:

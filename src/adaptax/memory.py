@@ -16,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaptax.config import Config, micro_batch
 from adaptax.data.pipeline import pad_batch
-from adaptax.job import Job, build_programs
+from adaptax.job import Job, Steps, build_steps
 from adaptax.lora import describe_adapters
 from adaptax.mesh import share_text
 from adaptax.optim import build_optimizer
-from adaptax.step import StepPerLength, build_eval_step, build_train_step, describe_state
+from adaptax.step import describe_state
 from adaptax.weights import describe_weights
 
 log = logging.getLogger(__name__)
@@ -113,17 +113,24 @@ def tell_measured_peak(footprint: Footprint, mesh: Mesh) -> None:
 def free_bytes(config: Config, mesh: Mesh) -> int | None:
     """What a device has for a run: ``training.memory_gib``, or what the device says; the same in every process.
 
-    On CPU the memory that is free now, in equal parts for the devices. None where nobody knows.
+    On CPU the memory that is free now and what arrays take already, in equal parts for the devices. None where nobody
+    knows.
     """
     if config.training.memory_gib is not None:
         return int(config.training.memory_gib * GIB)
     devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     if devices[0].platform == "cpu":
-        limit = _free_host_bytes() // len(devices)
+        limit = (_free_host_bytes() + _held_bytes()) // len(devices)
     else:
         limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
         limit = min((size for size in limits if size), default=0)
     return int(share_text(str(limit))) or None
+
+
+def _held_bytes() -> int:
+    """What the arrays of this process take: a run's state, a sweep's base weights. What is foretold contains them."""
+    arrays = [array for array in jax.live_arrays() if not array.is_deleted()]
+    return sum(_leaf_bytes(shard.data) for array in arrays for shard in array.addressable_shards)
 
 
 def _free_host_bytes() -> int:
@@ -153,21 +160,30 @@ def describe_base(job: Job, directory: Path | None) -> dict[str, jax.ShapeDtypeS
     return describe_weights(directory, job.arch, job.family.checkpoint, job.mesh, dtype, quantization)
 
 
-def compile_steps(job: Job, base: Shapes, length: int, *, with_eval: bool = False) -> Footprint:
-    """Compiles the train step of a job from shapes alone, for sequences of a length, and measures it.
+def foretell(job: Job, base: Shapes, length: int) -> Footprint:
+    """What the train step of a job takes, from :func:`compile_steps`."""
+    return compile_steps(job, base, length, with_eval=False)[1]
 
-    The evaluation step, which keeps less, only if it is asked for.
+
+def compile_steps(job: Job, base: Shapes, length: int, *, with_eval: bool) -> tuple[Steps, Footprint]:
+    """Compiles the steps of a job from shapes alone, for sequences of a length, and measures them.
+
+    Args:
+      job: whose micro-batch and ``training.remat`` have been chosen.
+      base: shapes of the base weights.
+      length: tokens of a sequence.
+      with_eval: whether the evaluation step, which keeps less, is compiled too.
     """
     config, training = job.config, job.config.training
-    program, eval_program = build_programs(job, training.remat)
-    optimizer, schedule = build_optimizer(config.optimizer, config.schedule, max(job.num_steps, 1))
+    steps = build_steps(job)
+    optimizer, _ = build_optimizer(config.optimizer, config.schedule, job.num_steps)
     state = describe_state(describe_adapters(job.family, job.arch, job.spec, job.mesh), optimizer, job.mesh)
     num_micro, rows = training.gradient_accumulation_steps, micro_batch(training) * job.mesh.shape["fsdp"]
     batch, eval_batch = (describe_batch((count, rows, length), job.mesh) for count in (num_micro, 1))
-    steps = [StepPerLength(build_train_step(program, optimizer, schedule)).compile(state, base, batch)]
+    compiled = [steps.train.compile(state, base, batch)]
     if with_eval:
-        steps.append(StepPerLength(build_eval_step(eval_program)).compile(state.adapters, base, eval_batch))
-    return measure(steps, state, base, batch, config.data.prefetch_batches)
+        compiled.append(steps.evaluate.compile(state.adapters, base, eval_batch))
+    return steps, measure(compiled, state, base, batch, config.data.prefetch_batches)
 
 
 def describe_batch(shape: tuple[int, int, int], mesh: Mesh) -> Shapes:

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.table import Table
 
-from adaptax.choices import choose_micro_batch, propose, remat_policies
+from adaptax.choices import choose_micro_batch, compile_fitting, propose
 from adaptax.config import Config, micro_batch
 from adaptax.data.packing import pad_length
 from adaptax.devices import peak_flops
 from adaptax.flops import count_documents, split_flops
-from adaptax.job import Job, build_job, set_precision, with_training
+from adaptax.job import Job, build_job, set_precision
 from adaptax.loss import chunk_size
-from adaptax.memory import Footprint, compile_steps, describe_base, free_bytes, local_bytes, show_bytes
+from adaptax.memory import Footprint, describe_base, free_bytes, local_bytes, show_bytes
 from adaptax.report import log_table
 from adaptax.step import HEAD
 
@@ -43,11 +43,7 @@ def plan(config: Config, mesh: Mesh) -> bool:
     if config.training.micro_batch_size == "auto":
         job = choose_micro_batch(job, directory, length, free, MOST_SEQUENCES)
     started = time.monotonic()
-    for remat in remat_policies(job):
-        chosen = with_training(job, remat=remat)
-        footprint = compile_steps(chosen, describe_base(chosen, directory), length, with_eval=True)
-        if free is None or footprint.peak_bytes <= free:
-            break
+    chosen, _, footprint = compile_fitting(job, describe_base(job, directory), length, free, with_eval=True)
     show_footprint(chosen, footprint, length, free, time.monotonic() - started)
     show_work(chosen, directory, length)
     if free is None or footprint.peak_bytes <= free:

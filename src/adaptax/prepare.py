@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,20 +17,20 @@ import jax
 from jax.sharding import Mesh
 
 from adaptax.checkpoint import digest_arrays, read_digests
-from adaptax.choices import choose_micro_batch, describe_excess, remat_policies
+from adaptax.choices import choose_micro_batch, compile_fitting, describe_excess, remat_policies
 from adaptax.config import Config, UserError
 from adaptax.data.feed import Feed, describe_feed, plan_feed, read_rows
 from adaptax.data.pipeline import Dataset
 from adaptax.data.tokenizer import Tokenizer, open_tokenizer
-from adaptax.job import Job, build_job, build_programs, set_precision, with_training
+from adaptax.job import Job, Steps, build_job, build_steps, set_precision, with_training
 from adaptax.lora import Arrays, init_adapters
-from adaptax.memory import Footprint, Shapes, describe_base, free_bytes, measure
-from adaptax.mesh import batch_part, shard_batch
+from adaptax.memory import Footprint, Shapes, describe_base, free_bytes, local_bytes
+from adaptax.mesh import batch_part
 from adaptax.models import find_source
 from adaptax.models.hub import SMALL_FILES, fetch_files
 from adaptax.optim import build_optimizer
 from adaptax.report import show_adapters
-from adaptax.step import Program, StepPerLength, TrainState, build_eval_step, build_train_step, init_state
+from adaptax.step import TrainState, init_state
 from adaptax.weights import load_weights
 
 log = logging.getLogger(__name__)
@@ -45,10 +44,7 @@ class Prepared:
     job: Job
     tokenizer: Tokenizer
     feed: Feed
-    program: Program
-    eval_program: Program
-    train_step: StepPerLength
-    eval_step: StepPerLength
+    steps: Steps
     state: TrainState
     footprint: Footprint | None = None  # once the steps are compiled
 
@@ -83,15 +79,7 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
     optimizer, _ = build_optimizer(config.optimizer, config.schedule, feed.num_steps)
     adapters = init_adapters(job.family, job.arch, job.spec, mesh, config.training.seed)
     state = init_state(adapters, optimizer, mesh, config.training.seed)
-    return Prepared(job, tokenizer, feed, *build_steps(job, remat_policies(job)[-1]), state)
-
-
-def build_steps(job: Job, remat: str) -> tuple[Program, Program, StepPerLength, StepPerLength]:
-    """(program, evaluation program, train step, evaluation step); nothing is compiled."""
-    program, eval_program = build_programs(job, remat)
-    optimizer, schedule = build_optimizer(job.config.optimizer, job.config.schedule, job.num_steps)
-    train_step = StepPerLength(build_train_step(program, optimizer, schedule))
-    return program, eval_program, train_step, StepPerLength(build_eval_step(eval_program))
+    return Prepared(job, tokenizer, feed, build_steps(with_training(job, remat=remat_policies(job)[-1])), state)
 
 
 def load_base(prepared: Prepared, *, compile_step: bool = True) -> tuple[Prepared, Arrays]:
@@ -110,6 +98,8 @@ def load_base(prepared: Prepared, *, compile_step: bool = True) -> tuple[Prepare
     if not compile_step:
         return prepared, read()
     free = free_bytes(job.config, job.mesh)
+    if free is not None and local_bytes(shapes) + local_bytes(prepared.state) > free:
+        fit_steps(prepared, shapes, directory, free)  # which refuses, before any weight is read
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(read)
         prepared = fit_steps(prepared, shapes, directory, free)
@@ -122,24 +112,12 @@ def fit_steps(prepared: Prepared, base: Shapes, directory: Path | None, free: in
     Raises:
       UserError: none fits.
     """
-    job, feed = prepared.job, prepared.feed
-    batch = shard_batch(feed.batches.blank(), job.mesh)
-    eval_batch = jax.tree.map(lambda array: array[:1], batch)
-    for remat in remat_policies(job):
-        started = time.monotonic()
-        programs = build_steps(job, remat)
-        step = programs[2].compile(prepared.state, base, batch)
-        steps = [step]
-        if feed.eval_batches is not None:
-            steps.append(programs[3].compile(prepared.state.adapters, base, eval_batch))
-        footprint = measure(steps, prepared.state, base, batch, job.config.data.prefetch_batches)
-        log.info("steps compiled in %.1f s; on each device: %s", time.monotonic() - started, footprint.describe())
-        job = with_training(job, remat=remat)
-        if free is None or footprint.peak_bytes <= free:
-            log.info("training.remat=%s", remat)
-            return Prepared(job, prepared.tokenizer, feed, *programs, prepared.state, footprint)
-    assert free is not None
-    raise UserError(describe_excess(job, footprint, directory, feed.batches.lengths[0], free))
+    feed = prepared.feed
+    length, with_eval = feed.batches.lengths[0], feed.eval_batches is not None
+    job, steps, footprint = compile_fitting(prepared.job, base, length, free, with_eval=with_eval)
+    if free is not None and footprint.peak_bytes > free:
+        raise UserError(describe_excess(job, footprint, directory, length, free))
+    return replace(prepared, job=job, steps=steps, footprint=footprint)
 
 
 def identify_inputs(prepared: Prepared) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import platform
 from pathlib import Path
 
+import filelock
 import jax
 
 log = logging.getLogger(__name__)
 SHORTEST_SECONDS = 0.3  # programs that compile faster are not kept
+LOCK_SECONDS = 5.0  # for which another process is waited for
 
 
 def keep_programs(limit_gib: float) -> Path | None:
@@ -28,6 +31,8 @@ def keep_programs(limit_gib: float) -> Path | None:
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
     folder = _open_folder() if limit_gib else None
+    if folder:
+        _remove_torn(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder) if folder else None)
     jax.config.update("jax_compilation_cache_max_size", int(limit_gib * 2**30))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SHORTEST_SECONDS)
@@ -45,6 +50,14 @@ def _open_folder() -> Path | None:
     if not is_ours:  # programs that others put there would be run
         log.warning("%s is not a folder of ours to write to: programs are compiled anew in every run", folder)
     return folder if is_ours else None
+
+
+def _remove_torn(folder: Path) -> None:
+    """Removes programs that a kill cut short: jax would not write them anew, and could make no room beside them."""
+    with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(folder / ".lockfile", timeout=LOCK_SECONDS):
+        for program in folder.glob("*-cache"):
+            if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():  # it is written last
+                program.unlink()
 
 
 def default_folder() -> Path:

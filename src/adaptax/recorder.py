@@ -48,7 +48,7 @@ class Recorder:
         self._footprint = prepared.footprint
         self.lost: str | None = None  # why the run cannot go on
         self._unread: tuple[int, dict[str, Any], Batch] | None = None
-        self.speed = SpeedMeter(find_peak(job, str(prepared.program.dtype)))
+        self.speed = SpeedMeter(find_peak(job, str(job.dtype)))
         self._profiler = Profiler(range(0), None)
 
     @contextlib.contextmanager
@@ -107,7 +107,7 @@ class Recorder:
 
     def _count(self, host: Mapping[str, float], pairs: Any, num_places: int) -> Stretch:
         """What was done in a step."""
-        job, windows = self._prepared.job, self._prepared.program.windows
+        job, windows = self._prepared.job, self._prepared.steps.program.windows
         num_pairs = {window: 256 * int(high) + int(low) for window, (high, low) in zip(windows, pairs, strict=True)}
         counts = Counts(int(host["num_tokens"]), int(host["num_supervised"]), num_pairs)
         flops = step_flops(job.family, job.arch, job.spec, counts)

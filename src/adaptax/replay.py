@@ -52,9 +52,9 @@ def replay(config: Config, mesh: Mesh, folder: RunFolder, step: int | None = Non
     batch = shard_batch(dump.batch, mesh)
     key = jax.random.fold_in(state.key, dump.step - 1) if prepared.job.spec.dropout else None
     found = {}
-    for dtype in dict.fromkeys((prepared.program.dtype, jnp.dtype(jnp.float32))):
+    for dtype in dict.fromkeys((prepared.job.dtype, jnp.dtype(jnp.float32))):
         jax.config.update("jax_default_matmul_precision", "highest" if dtype == jnp.float32 else None)
-        program = replace(prepared.program, dtype=dtype)
+        program = replace(prepared.steps.program, dtype=dtype)
         found[str(dtype)] = diagnose(program, base, state.adapters, batch, key)
     log.info("step %d of %s: loss %s, gradient norm %s", dump.step, folder.path, dump.loss, dump.grad_norm)
     show_diagnosis(found)
@@ -108,7 +108,7 @@ def roll_forward(prepared: Prepared, base: Arrays, state: TrainState, first: int
     place = functools.partial(shard_batch, mesh=prepared.job.mesh)
     prefetch = prepared.job.config.data.prefetch_batches
     for done, batch in enumerate(prepared.feed.batches.iterate(first, last, prefetch, place), start=first + 1):
-        state, _ = prepared.train_step(state, base, batch)
+        state, _ = prepared.steps.train(state, base, batch)
         if done % 10 == 0:
             jax.block_until_ready(state.step)
             log.info("step %d of %d", done, last)

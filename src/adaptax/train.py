@@ -60,7 +60,7 @@ def run(start: Start, mesh: Mesh, folder: RunFolder, stop: StopSignals) -> float
 
     evaluate = build_evaluate(prepared, base, stop)
     num_rows, batch_size = config.training.exact_match_rows, micro_batch(config.training) * mesh.shape["fsdp"]
-    answer = build_answer(prepared.eval_program, base, prepared.feed.held_out, num_rows, batch_size)
+    answer = build_answer(prepared.steps.eval_program, base, prepared.feed.held_out, num_rows, batch_size)
     before = answer(prepared.state.adapters)
     if manifest:  # the fresh adapters were needed up to here
         jax.tree.map(lambda array: array.delete(), prepared.state)
@@ -116,7 +116,7 @@ def train_loop(
         stream = prepared.feed.batches.iterate(first, last, ahead, place) if first < last else ()
         for step, batch in enumerate(recorder.speed.feed(stream), start=first + 1):
             with recorder.mark(step):
-                state, values = prepared.train_step(state, base, batch)
+                state, values = prepared.steps.train(state, base, batch)
             recorder.put(step, values, batch)
             number, is_save = divmod(votes.cast(2 * (stop.requested or 0) + saver.is_time()), 2)
             is_over = step == last or number > 0 or recorder.lost is not None
@@ -191,7 +191,7 @@ def build_evaluate(prepared: Prepared, base: Arrays, stop: StopSignals) -> Calla
     """From adapters to the loss over the held-out rows. A process that is alone leaves off where a signal comes."""
     check = stop.raise_requested if jax.process_count() == 1 else lambda: None
     return functools.partial(
-        evaluate_loss, prepared.eval_step, base, prepared.feed.eval_batches, prepared.job.mesh, check=check
+        evaluate_loss, prepared.steps.evaluate, base, prepared.feed.eval_batches, prepared.job.mesh, check=check
     )
 
 

@@ -69,8 +69,11 @@ def _train(overrides: Sequence[str], folder: RunFolder, num_steps: int, words: s
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     print(f"{time.monotonic() - started:.0f} s", flush=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()
-        raise UserError((lines or ["the run failed"])[-1].removeprefix("error: "))
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        if not lines:  # not what a user did: its traceback is all there is to go by
+            print(done.stderr, end="", file=sys.stderr, flush=True)
+        words = f"the run failed with exit code {done.returncode}; what it wrote stands above"
+        raise UserError(lines[-1].removeprefix("error: ") if lines else words)
 
 
 def compare_runs(straight: RunFolder, resumed: RunFolder, stop_after: int) -> bool:

@@ -208,10 +208,6 @@ class BatchSource:
         """The rows of the first epoch; some stand there several times, or not at all, where a mixture says so."""
         return self._plan(0).rows
 
-    def blank(self) -> Batch:
-        """A batch of the longest sequences, all padding."""
-        return pad_batch([()] * math.prod(self.shape), (*self.shape, self.lengths[0]))
-
     def count_steps(self, num_epochs: int) -> int:
         """Batches of the first epochs."""
         if not self._data.mixture:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,7 @@ from adaptax.config import Config, UserError
 from adaptax.data.catalog import Source, train_sources
 from adaptax.data.encode import describe_counts, stream_examples
 from adaptax.data.packing import pad_length
-from adaptax.data.pipeline import Batch, Place, pad_batch
+from adaptax.data.pipeline import Batch, Place
 from adaptax.data.store import Counts
 from adaptax.data.tokenizer import Tokenizer
 
@@ -40,10 +39,6 @@ class StreamSource:
         self._shape, self._part, self.lengths = (num_micro, batch_size, length), part, [length]
         self.shape = (num_micro, batch_size // part[1])
         self._told: set[tuple[str, str]] = set()  # (path, what became of its rows)
-
-    def blank(self) -> Batch:
-        """A batch that is all padding."""
-        return pad_batch([()] * math.prod(self.shape), (*self.shape, self.lengths[0]))
 
     def iterate(self, start: int, stop: int, prefetch: int, place: Place = lambda batch: batch) -> Iterator[Any]:
         """Batches start .. stop - 1, some prepared ahead, and put in their place (on the device), by a thread."""

@@ -1,0 +1,77 @@
+"""PEFT on transformers in a plain training loop: one side of ``against_peers.py``, which says what it is given.
+
+AdamW, clipping at 1, float32 adapters on the seven projections, no gradient checkpointing: its defaults, without what a
+trainer class adds to each step. A JSON line is printed before the first step and as each step ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from transformers import AutoModelForCausalLM
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IGNORED = -100
+
+
+def read_batch(rows: Any, step: int, size: int) -> dict[str, torch.Tensor]:
+    """The rows of a step, padded to the longest of them."""
+    ends = np.concatenate([[0], rows["ends"]])
+    spans = [slice(ends[k], ends[k + 1]) for k in range(step * size, (step + 1) * size)]
+    width = max(span.stop - span.start for span in spans)
+    tokens = np.zeros((size, width), np.int64)
+    labels, mask = np.full_like(tokens, IGNORED), np.zeros_like(tokens)
+    for row, span in enumerate(spans):
+        length = span.stop - span.start
+        tokens[row, :length] = rows["tokens"][span]
+        labels[row, :length] = np.where(rows["mask"][span], rows["tokens"][span], IGNORED)
+        mask[row, :length] = 1
+    arrays = {"input_ids": tokens, "labels": labels, "attention_mask": mask}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def build_model(options: argparse.Namespace) -> Any:
+    """The checkpoint with adapters, in the type and with the attention that are asked for."""
+    dtype = getattr(torch, options.dtype)
+    model = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=dtype, attn_implementation=options.attention)
+    lora = peft.LoraConfig(
+        r=options.rank, lora_alpha=options.rank, target_modules=PROJECTIONS, task_type=peft.TaskType.CAUSAL_LM
+    )
+    return peft.get_peft_model(model, lora).train()
+
+
+def main() -> None:
+    """Trains the steps that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("--checkpoint", "--rows"):
+        parser.add_argument(name, required=True)
+    for name in ("--batch", "--length", "--rank", "--steps"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--attention", default="sdpa")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows = np.load(options.rows, allow_pickle=False)
+    rows = {name: rows[name] for name in rows.files}
+    model = build_model(options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    rule = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    print(json.dumps({"ready": True}), flush=True)
+    call = torch.compile(model) if options.compile else model
+    for step in range(options.steps):
+        loss = call(**read_batch(rows, step, options.batch)).loss
+        rule.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        rule.step()
+        print(json.dumps({"step": step + 1, "loss": loss.item()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 import support
 from adaptax import cli
 from adaptax.config import Config, UserError, build
+from adaptax.devices import multiplies_bfloat16
 from adaptax.resume import find_start
 from adaptax.run_folder import RunFolder
 from adaptax.signals import StopSignals
@@ -128,7 +129,22 @@ def test_the_start_up_table_tells_what_is_adapted(tmp_path: Path, caplog) -> Non
     assert "7,680 trainable beside 1,691,136 frozen parameters" in text
     assert "model.lora_rank=2 is outside the usual 4 to 128" in text
     assert "peak" in text
-    assert "attention: xla" in text
+    assert "attention: xla; computed in float32" in text
+
+
+@pytest.mark.parametrize(("flags", "is_told"), [("fma avx512_bf16 vaes", True), ("fma avx512_bf1 avx2", False)])
+def test_a_processor_with_bfloat16_gets_a_hint_where_the_type_is_left_open(
+    tmp_path: Path, caplog, monkeypatch, flags: str, is_told: bool
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name\t: one\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr("adaptax.prepare.multiplies_bfloat16", lambda: multiplies_bfloat16(cpuinfo))
+    for dtype in ("auto", "float32"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "adaptax"):
+            train(tmp_path / dtype, "training.num_batches=2", f"model.dtype={dtype}")
+        assert ("model.dtype=bfloat16 is faster" in caplog.text) == (is_told and dtype == "auto")
+    assert not multiplies_bfloat16(tmp_path / "nothing")
 
 
 def test_nothing_held_out_gives_the_last_training_loss(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 # (the whole device_kind, as a regular expression; 10^12 operations per second in bfloat16; in float32), per jax device.
 # Dense products without sparsity; bfloat16 with sums in float32. float32 is a GPU's plain rate, as TF32 stays off
@@ -62,3 +63,11 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
             tflops = {"bfloat16": bfloat16, "float32": float32}.get(dtype)
             return None if tflops is None else tflops * 1e12
     return None
+
+
+def multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this machine's processor has instructions for products of bfloat16; False where Linux does not say."""
+    try:
+        return re.search(r"^flags.*\b(avx512_bf16|amx_bf16)\b", cpuinfo.read_text(), re.MULTILINE) is not None
+    except OSError:
+        return False

@@ -98,7 +98,7 @@ def build_match(program: Program) -> Callable[[Arrays, Arrays, Batch], jax.Array
 
     def match(adapters: Arrays, base: Arrays, batch: Batch) -> jax.Array:
         micro = {name: array[0] for name, array in batch.items()}
-        model = merge_model(program.graphdef, base, adapters, program.spec, program.dtype)
+        model = merge_model(program.graphdef, base, adapters, program.spec, program.adapter_dtype)
         hidden_BTD = model(micro["tokens"], micro["positions"], micro["segments"], dtype=program.dtype)
         B, T, D = hidden_BTD.shape
         C = max(1, min(T, chunk_size(base[HEAD].shape[0]) // B))  # positions at a time: no [tokens, vocabulary] array

@@ -64,7 +64,7 @@ def build_decode(program: Program) -> Decode:
     ) -> tuple[jax.Array, jax.Array]:
         rows_B = jnp.arange(tokens_BT.shape[0])
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        model = merge_model(program.graphdef, base, adapters, program.spec, program.dtype)
+        model = merge_model(program.graphdef, base, adapters, program.spec, program.adapter_dtype)
         head_VD = base[HEAD].astype(program.dtype)
 
         def is_going(carry: tuple[jax.Array, ...]) -> jax.Array:

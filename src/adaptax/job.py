@@ -33,7 +33,7 @@ class Job:
 
     @property
     def dtype(self) -> Any:
-        """The compute type; ``auto`` is float32 on CPU, where bfloat16 is no faster, and bfloat16 elsewhere."""
+        """The compute type; ``auto`` is bfloat16, but on CPU the exact float32: few have instructions for the other."""
         name = self.config.model.dtype
         if name == "auto":
             name = "float32" if self.platform == "cpu" else "bfloat16"

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaptax.mesh import partition
 from adaptax.models import Architecture, Family
+from adaptax.models.products import frozen_product
 from adaptax.quantize import join_scales
 
 Arrays = dict[str, jax.Array]
@@ -64,6 +65,7 @@ def build_model(
       attention: an implementation that ``choose_attention`` gives; ``xla`` runs everywhere.
     """
     module = importlib.import_module(family.module)
+    platform = mesh.devices.flat[0].platform
 
     def make() -> nnx.Module:
         model = getattr(module, family.model_class)(arch, rngs=nnx.Rngs(0))
@@ -71,23 +73,37 @@ def build_model(
         model.remat, model.attention = remat, attention
         if spec is not None:
             model.first_adapted = spec.first_layer
-            model.layers = _wrap_block(module, arch, spec, spec.dropout if train else 0.0)
+            model.layers = _wrap_block(module, arch, spec, spec.dropout if train else 0.0, platform)
         return model
 
     return nnx.graphdef(nnx.eval_shape(make))
 
 
-def _wrap_block(module: Any, arch: Architecture, spec: LoraSpec, dropout: float) -> Any:
+def _wrap_block(module: Any, arch: Architecture, spec: LoraSpec, dropout: float, platform: str) -> Any:
     rules = [
         qwix.LoraRule(module_path=re.escape(kind), rank=spec.rank, alpha=spec.alpha, dropout=dropout)
         for kind in spec.layers
     ]
     block = module.Block(arch, rngs=nnx.Rngs(0))
     rngs = nnx.Rngs(params=0, dropout=0)
-    block = qwix.apply_lora_to_model(block, qwix.LoraProvider(rules), *block.example_inputs(arch), rngs=rngs)
+    provider = (_CpuProvider if platform == "cpu" else qwix.LoraProvider)(rules)
+    block = qwix.apply_lora_to_model(block, provider, *block.example_inputs(arch), rngs=rngs)
     made = {"/".join(map(str, path[:-1])) for path, _ in nnx.to_flat_state(nnx.state(block, nnx.LoRAParam))}
     assert made == set(spec.layers), f"qwix adapted {sorted(made)}, not {sorted(spec.layers)}"
     return block
+
+
+class _CpuProducts(qwix.PtqProvider):
+    """Products with frozen weights of bfloat16 by :func:`frozen_product`; all others as they are."""
+
+    def dot_general(self, lhs, rhs, dimension_numbers, *args: Any, **kwargs: Any) -> jax.Array:
+        if lhs.dtype == rhs.dtype == jnp.bfloat16:
+            return frozen_product(lhs, rhs, dimension_numbers)
+        return super().dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
+
+
+class _CpuProvider(qwix.LoraProvider, _CpuProducts):
+    """qwix's adapters beside such products."""
 
 
 def adapter_shapes(family: Family, arch: Architecture, spec: LoraSpec) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -138,7 +154,7 @@ def init_adapters(family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh
 
 
 def merge_model(graphdef: nnx.GraphDef, base: Arrays, adapters: Arrays, spec: LoraSpec | None, dtype: Any) -> Any:
-    """The callable model: frozen base and adapters (cast to the compute type) put into the graph."""
+    """The callable model: frozen base and adapters (cast to a type) put into the graph."""
     leaves = [(tuple(path.split("/")), nnx.Param(array)) for path, array in join_scales(base).items()]
     if spec is not None:
         num_layers = next(a.shape[0] for path, a in base.items() if path.startswith("layers/"))

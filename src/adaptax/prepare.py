@@ -22,6 +22,7 @@ from adaptax.config import Config, UserError
 from adaptax.data.feed import Feed, describe_feed, plan_feed, read_rows
 from adaptax.data.pipeline import Dataset
 from adaptax.data.tokenizer import Tokenizer, open_tokenizer
+from adaptax.devices import multiplies_bfloat16
 from adaptax.job import Job, Steps, build_job, build_steps, set_precision, with_training
 from adaptax.lora import Arrays, init_adapters
 from adaptax.memory import Footprint, Shapes, describe_base, free_bytes, local_bytes
@@ -65,7 +66,9 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
     job = build_job(config, mesh, directory)
     set_precision(job)
     show_adapters(config.model, job.family, job.arch, job.spec)
-    log.info("attention: %s", job.attention)
+    is_slower = job.config.model.dtype == "auto" and job.platform == "cpu" and multiplies_bfloat16()
+    hint = "; model.dtype=bfloat16 is faster on this processor, and less exact" if is_slower else ""
+    log.info("attention: %s; computed in %s%s", job.attention, job.dtype, hint)
     tokenizer = open_tokenizer(config, directory, job.arch.vocab_size)
     rows = read_rows(config, tokenizer)
     if config.training.micro_batch_size == "auto":

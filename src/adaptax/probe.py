@@ -114,7 +114,7 @@ def _build_probe(program: Program, spec: LoraSpec) -> Any:
         dropout_key = jax.random.fold_in(key, a) if key is not None and spec.dropout > 0 else None
 
         def sum_loss(adapters: Arrays, taps: Any, tap: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            model = merge_model(program.graphdef, base, adapters, spec, program.dtype)
+            model = merge_model(program.graphdef, base, adapters, spec, program.adapter_dtype)
             inputs = micro["tokens"], micro["positions"], micro["segments"]
             options = {"dtype": program.dtype, "dropout_key": dropout_key}
             hidden_BTD, notes = model(*inputs, **options, watch=_watch, taps=taps)

@@ -49,6 +49,11 @@ class Program:
     mesh: Mesh
     windows: tuple[int | None, ...] = ()  # of attention, of which visible pairs are counted
 
+    @property
+    def adapter_dtype(self) -> Any:
+        """The type in which adapters are multiplied: on CPU float32, as thin products of bfloat16 are slow there."""
+        return jnp.float32 if self.mesh.devices.flat[0].platform == "cpu" else self.dtype
+
 
 def describe_state(adapters: Mapping[str, Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state for these adapters, of which it needs no more; moments lie with them."""
@@ -171,6 +176,6 @@ def build_eval_step(program: Program) -> Callable[[Arrays, Arrays, Batch], tuple
 
 
 def _sum_loss(adapters: Arrays, base: Arrays, batch: Batch, program: Program, key: jax.Array | None) -> jax.Array:
-    model = merge_model(program.graphdef, base, adapters, program.spec, program.dtype)
+    model = merge_model(program.graphdef, base, adapters, program.spec, program.adapter_dtype)
     hidden_BTD = model(batch["tokens"], batch["positions"], batch["segments"], dtype=program.dtype, dropout_key=key)
     return cross_entropy(hidden_BTD, base[HEAD], batch["targets"], batch["loss_mask"], program.mesh)

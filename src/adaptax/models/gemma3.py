@@ -54,7 +54,7 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         contracted = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
         product = jax.lax.dot_general(x, self.w[...].astype(x.dtype), (contracted, ((), ())))
-        return checkpoint_name(product, "product")
+        return checkpoint_name(product.astype(x.dtype), "product")  # adapters may be of a wider type
 
 
 class Attention(nnx.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,14 @@ def adapters_from_peft(tensors: dict[str, np.ndarray], arch: Architecture, spec:
         adapters[f"layers/{kind}/w_lora_a"] = jnp.asarray(np.stack(a))
         adapters[f"layers/{kind}/w_lora_b"] = jnp.asarray(np.stack(b))
     return adapters
+
+
+def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
+    """Every equation of a program, those of the functions within too, and how often it is run by scans."""
+    for eqn in jaxpr.eqns:
+        yield eqn, times
+        inner_times = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner, inner_times)

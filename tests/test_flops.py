@@ -51,16 +51,11 @@ def trace_loss(arch: Architecture, spec: LoraSpec) -> tuple[Any, tuple[Any, ...]
 
 def products_of(jaxpr: Any) -> Iterator[int]:
     """The floating-point operations of every matrix product in a program; a scan's as often as it runs."""
-    for eqn in jaxpr.eqns:
+    for eqn, times in support.equations(jaxpr):
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             sizes = [eqn.invars[0].aval.shape[axis] for axis in contracted]
-            yield 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(sizes)
-        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda value: hasattr(value, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from (times * flops for flops in products_of(inner))
+            yield times * 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(sizes)
 
 
 def dense_counts(arch: Architecture) -> Counts:

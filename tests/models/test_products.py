@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +21,14 @@ CASES = {  # x, w, contracted axes of each
     "two axes": ((2, 5, 3, 16), (3, 16, 24), ((2, 3), (0, 1))),
     "to one axis": ((7, 16), (16, 8), ((1,), (0,))),
 }
+ARCH, MESH = SIZES["tiny"], support.make_mesh()
+SPEC = support.full_spec(ARCH, rank=4)
+
+
+@pytest.fixture(scope="module")
+def base() -> support.Arrays:
+    """Weights in bfloat16."""
+    return {path: array.astype(jnp.bfloat16) for path, array in support.load(None, ARCH, MESH).items()}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -42,47 +49,60 @@ def test_value_and_gradient_are_those_of_float32_rounded(case: str) -> None:
     )
 
 
-def equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
-    """All, also those of the functions within."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
-                yield from equations(inner)
-
-
-def test_a_model_in_bfloat16_multiplies_frozen_weights_so_and_adapters_in_float32() -> None:
-    arch, mesh = SIZES["tiny"], support.make_mesh()
-    spec = support.full_spec(arch, rank=4)
-    base = support.load(None, arch, mesh)
-    half = {path: array.astype(jnp.bfloat16) for path, array in base.items()}
-    adapters = support.random_adapters(arch, spec, mesh)
-    tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, arch.vocab_size)
+def pull(dtype: type, base: support.Arrays, remat: str = "full") -> support.Arrays:
+    """Gradients of a loss in the model, in a type."""
+    program = Program(build_model(support.FAMILY, ARCH, SPEC, MESH, train=True, remat=remat), SPEC, dtype, MESH)
+    tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, ARCH.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
 
-    def pull(dtype: type, base: support.Arrays) -> support.Arrays:
-        program = Program(build_model(support.FAMILY, arch, spec, mesh, train=True), spec, jnp.dtype(dtype), mesh)
+    def loss(adapters: support.Arrays) -> jax.Array:
+        model = merge_model(program.graphdef, base, adapters, SPEC, program.adapter_dtype)
+        hidden = model(tokens, positions, jnp.ones_like(tokens), dtype=dtype)
+        assert hidden.dtype == dtype
+        return (hidden.astype(jnp.float32) ** 2 * jnp.linspace(-1, 1, ARCH.embed_dim)).mean()
 
-        def loss(adapters: support.Arrays) -> jax.Array:
-            model = merge_model(program.graphdef, base, adapters, spec, program.adapter_dtype)
-            hidden = model(tokens, positions, jnp.ones_like(tokens), dtype=dtype)
-            assert hidden.dtype == dtype
-            return (hidden.astype(jnp.float32) ** 2 * jnp.linspace(-1, 1, arch.embed_dim)).mean()
+    return jax.grad(loss)(support.random_adapters(ARCH, SPEC, MESH))
 
-        return jax.grad(loss)(adapters)
 
-    gradients = pull(jnp.bfloat16, half)
-    for path, right in pull(jnp.float32, {p: a.astype(jnp.float32) for p, a in half.items()}).items():
+def products(base: support.Arrays, remat: str) -> list[tuple[Any, Any, Any]]:
+    """(x, w, outcome) of every product in the gradients of the model in bfloat16."""
+    jaxpr = jax.make_jaxpr(functools.partial(pull, jnp.bfloat16, remat=remat))(base).jaxpr
+    found = [e for e, _ in support.equations(jaxpr) if e.primitive.name == "dot_general"]
+    return [tuple(var.aval for var in (*e.invars, *e.outvars)) for e in found]
+
+
+def test_a_model_in_bfloat16_multiplies_frozen_weights_so_and_adapters_in_float32(base: support.Arrays) -> None:
+    gradients = pull(jnp.bfloat16, base)
+    for path, right in pull(jnp.float32, base).items():
         assert gradients[path].dtype == jnp.float32
         off = jnp.linalg.norm(gradients[path] - right) / jnp.linalg.norm(right)
         assert off < 0.05, (path, off)  # roundings of 2^-9 in each of six layers, forward and backward
+    for x, w, outcome in products(base, "full"):
+        if w.shape in frozen_shapes(base):
+            assert x.dtype == w.dtype == jnp.bfloat16
+            assert outcome.dtype == jnp.float32
+        elif SPEC.rank in (*x.shape, *w.shape):
+            assert jnp.float32 in (x.dtype, w.dtype)
+            assert outcome.dtype == jnp.float32
 
-    found = set()
-    for equation in equations(jax.make_jaxpr(functools.partial(pull, jnp.bfloat16))(half).jaxpr):
-        if equation.primitive.name == "dot_general":
-            x, w = (var.aval for var in equation.invars)
-            is_frozen = w.shape in {array.shape[1:] for path, array in base.items() if path.endswith("/w")}
-            is_thin = spec.rank in (*x.shape, *w.shape)
-            if is_frozen or is_thin:
-                found.add((is_frozen, str(x.dtype), str(w.dtype), str(equation.outvars[0].aval.dtype)))
-    assert found == {(True, "bfloat16", "bfloat16", "float32"), (False, "float32", "float32", "float32")}
+
+def test_products_in_bfloat16_are_kept_as_bits_and_not_made_again(base: support.Arrays) -> None:
+    """With ``matmul`` a layer's six products are made once forward, and their inputs' gradients once backward."""
+    counts = {
+        remat: sum(w.shape in frozen_shapes(base) for _, w, _ in products(base, remat)) for remat in ("full", "matmul")
+    }
+    assert counts == {"full": 3 * 6, "matmul": 2 * 6}
+    jaxpr = jax.make_jaxpr(functools.partial(pull, jnp.bfloat16, remat="matmul"))(base).jaxpr
+    scans = [
+        e for e, _ in support.equations(jaxpr) if e.primitive.name == "scan" and e.params["length"] == ARCH.num_layers
+    ]
+    stacked = {str(v.aval.dtype) for v in scans[0].outvars if v.aval.shape[1:] == (2, 24, ARCH.mlp_dim)}
+    assert stacked == {"uint16"}
+    kept, made = pull(jnp.bfloat16, base, "matmul"), pull(jnp.bfloat16, base, "full")
+    for path in kept:
+        np.testing.assert_allclose(kept[path], made[path], rtol=1e-3, atol=1e-6)
+
+
+def frozen_shapes(base: support.Arrays) -> set[tuple[int, ...]]:
+    """Of a layer's matrices."""
+    return {array.shape[1:] for path, array in base.items() if path.endswith("/w")}

@@ -16,12 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from adaptax.models.attention_blocks import ALL, Blocks, attend_blocks, cut_blocks
 from adaptax.models.attention_kernels import LANES, attend_cudnn, attend_splash
 from adaptax.models.gemma3_weights import Architecture
+from adaptax.models.residuals import keep
 from adaptax.schema import UserError
 
 
@@ -167,7 +167,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Attent
     """
     if mask.implementation == "plain":
         assert mask.allowed_BTS is not None
-        return checkpoint_name(attend_plain(q_BTNH, k_BSKH, v_BSKH, mask.allowed_BTS, scale), "attention")
+        return keep(attend_plain(q_BTNH, k_BSKH, v_BSKH, mask.allowed_BTS, scale), "attention")
     run = functools.partial(_IMPLEMENTATIONS[mask.implementation], scale=scale)
     if mask.mesh is None or mask.mesh.size == 1:
         return run(q_BTNH, k_BSKH, v_BSKH, mask)

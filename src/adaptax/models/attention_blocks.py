@@ -18,7 +18,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+
+from adaptax.models.residuals import name_kept
 
 UNSEEN = float(jnp.finfo(jnp.float32).min)  # the logit of what a query does not see
 LOWEST = UNSEEN / 2  # maximum of no logits at all: above UNSEEN, whose exponential is zero then
@@ -108,7 +109,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, blocks: Blocks, window, scale: float, one_b
 def _keep(q_BTNH, k_BSKH, v_BSKH, blocks: Blocks, window, scale: float, one_by_one: bool) -> Any:
     out_BTNH, total_BIKM = _forward(q_BTNH, k_BSKH, v_BSKH, blocks, window, scale, one_by_one)
     # The names under which a remat policy may keep them: with both, the forward pass is not run again.
-    out_BTNH, total_BIKM = checkpoint_name(out_BTNH, "attention"), checkpoint_name(total_BIKM, "attention")
+    out_BTNH, total_BIKM = name_kept(out_BTNH, "attention"), name_kept(total_BIKM, "attention")
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, out_BTNH, total_BIKM, blocks, window)
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from adaptax.models.attention import AttentionMask, attend, build_masks
 from adaptax.models.gemma3_weights import Architecture
+from adaptax.models.residuals import keep
 from adaptax.quantize import dequantize_tree
 
 # What a layer keeps for the backward pass, by ``Gemma3.remat``; ``none`` leaves nothing to be computed anew.
@@ -54,7 +54,7 @@ class Projection(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         contracted = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
         product = jax.lax.dot_general(x, self.w[...].astype(x.dtype), (contracted, ((), ())))
-        return checkpoint_name(product.astype(x.dtype), "product")  # adapters may be of a wider type
+        return keep(product.astype(x.dtype), "product")  # adapters may be of a wider type
 
 
 class Attention(nnx.Module):

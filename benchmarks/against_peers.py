@@ -26,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -169,8 +170,9 @@ def measure(options: argparse.Namespace, case: Case, rank: int, side: str, rows:
     timed = time_process(command, folder, folder / "run" / "metrics.jsonl" if ours else None)
     result = Measured(side, case.name, rank, seconds=timed.seconds, peak_gib=timed.peak_gib)
     if timed.status or len(timed.rows) < options.steps:
+        last = (timed.said.strip().splitlines() or ["it failed"])[-1]
         is_killed = os.WIFSIGNALED(timed.status) and os.WTERMSIG(timed.status) == signal.SIGKILL
-        result.failure = "out of memory" if is_killed else (timed.said.strip().splitlines() or ["it failed"])[-1]
+        result.failure = "out of memory" if is_killed or "allocate memory" in last else last
         return result
     result.first_seconds = timed.first_seconds
     if ours:
@@ -220,6 +222,18 @@ def write_checkpoint(size: str, directory: Path) -> None:
     shutil.copy(ASSETS / "gemma3_tiny" / "tokenizer.model", directory)
 
 
+def show_command(options: argparse.Namespace) -> str:
+    """The command that measures the same elsewhere: a checkpoint of one's own is the one that is written otherwise."""
+    values: dict[str, list[Any]] = {"size": [options.size], "cases": options.cases, "sides": options.sides}
+    values |= {"ranks": options.ranks, "steps": [options.steps], "rounds": [options.rounds]}
+    words = ["python", "benchmarks/against_peers.py"]
+    for name, of_name in values.items():
+        words += [f"--{name}", *map(str, of_name)]
+    if options.pythons:
+        words += ["--python", *(f"{name}=.venv-{name}/bin/python" for name in options.pythons)]
+    return shlex.join([*words, "--out", str(options.out)])
+
+
 def main() -> None:
     """All cases, or a single side's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,6 +251,7 @@ def main() -> None:
     unknown = [side for side in options.sides if side.partition("-sorted")[0] not in SIDES]
     if unknown or options.steps < 2:
         parser.error(f"--sides {unknown[0]}: not one of {' '.join(SIDES)}" if unknown else "--steps must be at least 2")
+    os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # all compile anew
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         if not options.checkpoint:
@@ -246,7 +261,7 @@ def main() -> None:
             measured.append(result)
             print(json.dumps(dataclasses.asdict(result)), flush=True)
             if options.out:  # what is there so far: a long comparison may be cut short
-                write_report(options.out, options.size, measured, shlex.join(["python", *sys.argv]))
+                write_report(options.out, options.size, measured, show_command(options))
 
 
 if __name__ == "__main__":

@@ -114,7 +114,10 @@ def draw(path: Path, summaries: Sequence[Summary]) -> None:
     cases = list(dict.fromkeys((s.case, s.rank) for s in summaries))
     sides = list(dict.fromkeys(s.side for s in summaries))
     colors = {side: f"C{k}" for k, side in enumerate(sides)}
-    figure, axes = pyplot.subplots(2, len(cases), figsize=(2.2 + 2.1 * len(cases), 5.2), squeeze=False)
+    width = 2.2 + 2.1 * len(cases)
+    columns = min(len(sides), int(width // 1.8))
+    legend = 0.25 * -(-len(sides) // columns) + 0.1  # inches
+    figure, axes = pyplot.subplots(2, len(cases), figsize=(width, 5.0 + legend), squeeze=False)
     for column, (case, rank) in enumerate(cases):
         shown = [s for s in summaries if (s.case, s.rank) == (case, rank)]
         for row, values in enumerate(([s.rate for s in shown], [s.peak_gib for s in shown])):
@@ -129,8 +132,8 @@ def draw(path: Path, summaries: Sequence[Summary]) -> None:
     axes[0][0].set_ylabel("trained tokens/s")
     axes[1][0].set_ylabel("peak memory, GiB")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colors[side]) for side in sides]
-    figure.legend(handles, sides, loc="lower center", ncols=min(len(sides), 5), fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(handles, sides, loc="lower center", ncols=columns, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, legend / (5.0 + legend), 1, 1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

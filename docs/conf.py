@@ -10,7 +10,7 @@ sys.path[:0] = [str(DOCS / "_ext"), str(DOCS.parent / "src")]
 project = "adaptax"
 release = version = importlib.import_module("adaptax").__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "config_tables", "model_tables", "resume_tables"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "advanced/benchmarks", "config/memory_*.rst"]  # the latter are included
 html_theme = "furo"
 html_title = f"adaptax {release}"
 autodoc_member_order = "bysource"

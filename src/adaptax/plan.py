@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from pathlib import Path
@@ -123,7 +124,7 @@ def find_rate(job: Job) -> tuple[float, str]:
     sizes = job.family.checkpoint.axis_sizes(job.arch)
     shapes = (1024, sizes["D"]), (sizes["D"], sizes["F"])
     left, right = (jax.device_put(jnp.ones(shape, job.dtype), device) for shape in shapes)
-    product = jax.jit(jnp.matmul)
+    product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))  # as a step's largest are
     product(left, right).block_until_ready()
     best, until = 0.0, time.monotonic() + PROBE_SECONDS
     while time.monotonic() < until:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +70,17 @@ def test_other_processes_write_and_say_nothing(caplog: pytest.LogCaptureFixture,
         display.update(1, ROW)
     assert not caplog.records
     assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_events_are_written_without_loading_torch(tmp_path: Path) -> None:
+    """tensorboardX would import it where it is installed, which takes seconds of every start."""
+    code = (
+        "import sys, adaptax.metrics as m; m.EventLog(m.Path(sys.argv[1]), None).close(); print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", f"{code}; import importlib.util; print(importlib.util.find_spec('torch') is None)"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, check=True)
+    is_loaded, is_absent = done.stdout.split()
+    assert is_loaded == "False"
+    assert is_absent == str(importlib.util.find_spec("torch") is None)  # it can be imported again
+    assert any(tmp_path.iterdir())

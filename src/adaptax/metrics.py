@@ -12,7 +12,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,9 @@ class EventLog:
     """
 
     def __init__(self, folder: Path, first_step: int | None):
-        from tensorboardX import record_writer
-        from tensorboardX.proto import event_pb2, summary_pb2
+        with _left_out("torch"):  # tensorboardX loads it where it is installed: seconds, and of no use here
+            from tensorboardX import record_writer
+            from tensorboardX.proto import event_pb2, summary_pb2
 
         self._events: Any = event_pb2
         self._summaries: Any = summary_pb2
@@ -138,6 +139,19 @@ class EventLog:
         data = self._events.Event(wall_time=time.time(), **fields).SerializeToString()
         header = struct.pack("<Q", len(data))
         self._file.write(b"".join(part + struct.pack("<I", self._checksum(part)) for part in (header, data)))
+
+
+@contextlib.contextmanager
+def _left_out(module: str) -> Iterator[None]:
+    """Imports within find no such module, unless it is loaded already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 def read_rows(path: Path, last_step: int) -> list[dict[str, Any]]:

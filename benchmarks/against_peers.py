@@ -7,7 +7,8 @@ case BxT is B sequences of T tokens, all trained. BxT-chats is chats of lognorma
 which about 30% is trained: adaptax packs them into B sequences a step, the others take B chats a step, padded to the
 longest of them; sides with ``-sorted`` behind their names get chats of like length together. Every step is timed from
 outside, the first apart. ``--out`` writes a table (.rst), the measurements (.json) and a picture (.png) there. A side
-that runs in another environment is given its interpreter: ``--python tunix=/path/to/python``. Needs the parity extra.
+that runs in another environment is given its interpreter: ``--python tunix=/path/to/python``. On a GPU or TPU, memory
+is the device's peak. The sides ``peft-liger`` and ``unsloth`` need CUDA. Needs the parity extra.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ SIDES: dict[str, list[str]] = {
     "peft-compiled": [PEFT, "--compile"],
     "peft-bf16": [PEFT, "--dtype", "bfloat16"],
     "peft-bf16-compiled": [PEFT, "--dtype", "bfloat16", "--compile"],
+    "peft-liger": [PEFT, "--dtype", "bfloat16", "--library", "liger"],
+    "unsloth": [PEFT, "--dtype", "bfloat16", "--library", "unsloth"],
     "tunix": [TUNIX],
     "tunix-bf16": [TUNIX, "--dtype", "bfloat16"],
 }
@@ -89,7 +92,7 @@ class Measured:
     losses: list[float] = dataclasses.field(default_factory=list)
     first_seconds: float = 0.0  # from the start of the process to the end of the first step
     compile_seconds: float | None = None
-    peak_gib: float = 0.0  # of the process
+    peak_gib: float = 0.0  # of the device where it is told, else of the process
     failure: str | None = None
 
 
@@ -160,7 +163,8 @@ def build_command(options: argparse.Namespace, case: Case, rank: int, side: str,
     values = {"checkpoint": options.checkpoint, "rows": rows, "batch": case.batch, "length": case.length}
     values |= {"rank": rank, "steps": options.steps}
     flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
-    return [options.pythons.get(name.split("-")[0], sys.executable), str(PEERS / script), *flags, *extra]
+    python = options.pythons.get(name, options.pythons.get(name.split("-")[0], sys.executable))
+    return [python, str(PEERS / script), *flags, *extra]
 
 
 def measure(options: argparse.Namespace, case: Case, rank: int, side: str, rows: Path, folder: Path) -> Measured:
@@ -175,7 +179,11 @@ def measure(options: argparse.Namespace, case: Case, rank: int, side: str, rows:
         result.failure = "out of memory" if is_killed or "allocate memory" in last else last
         return result
     result.first_seconds = timed.first_seconds
+    result.peak_gib = timed.device_gib or timed.peak_gib
     if ours:
+        measured = re.search(r"measured peak ([\d.]+) (G|M)iB on a device", timed.said)
+        if measured:
+            result.peak_gib = float(measured[1]) / (1 if measured[2] == "G" else 1024)
         result.losses = [row["train_loss"] for row in timed.rows]
         result.trained = [int(row["train_supervised_tokens"]) for row in timed.rows]
         told = re.search(r"steps compiled in ([\d.]+) s", timed.said)

@@ -21,7 +21,8 @@ class Timed:
     rows: list[dict[str, Any]] = field(default_factory=list)  # one for each step
     seconds: list[float] = field(default_factory=list)  # of each step; of the first, from what was told before it
     first_seconds: float = 0.0  # from the start of the process to the end of the first step
-    peak_gib: float = 0.0  # of memory
+    peak_gib: float = 0.0  # of its memory
+    device_gib: float | None = None  # of the device's memory, if it tells that
     status: int = 0  # as os.wait4 gives it
     said: str = ""  # on standard error
 
@@ -33,7 +34,7 @@ def time_process(command: Sequence[str], folder: Path, metrics: Path | None = No
       command: of the process.
       folder: where its output is kept while it runs.
       metrics: the ``metrics.jsonl`` that its steps are read from; None for JSON lines on its standard output, each with
-        a ``step`` unless it marks the beginning of the first.
+        a ``step`` unless it marks the beginning of the first, or tells ``device_gib``.
     """
     result = Timed()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -47,6 +48,7 @@ def time_process(command: Sequence[str], folder: Path, metrics: Path | None = No
                 result.rows.append(row)
                 result.seconds.append(now - last)
                 result.first_seconds = result.first_seconds or now - started
+            result.device_gib = row.get("device_gib", result.device_gib)
             last = now
         _, result.status, usage = os.wait4(process.pid, 0)
     process.returncode = result.status

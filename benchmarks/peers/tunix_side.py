@@ -4,7 +4,8 @@ Its model presets, safetensors loader, qwix LoRA (keys and values share an A), d
 are used as they come, on one device. It differs from what its users run by default in this: weights and adapters are in
 the type that is asked for (theirs: bfloat16), there are no checkpoints, evaluation, metrics backends or profiler, and
 the host waits for every step (theirs runs up to two ahead). All rows are padded to the full length: one shape to
-compile. A JSON line is printed before the first step and as each step ends. Tried with google-tunix 0.1.7.
+compile. A JSON line is printed before the first step, as each step ends, and with the
+peak of the device's memory where it is told. Tried with google-tunix 0.1.7.
 """
 
 from __future__ import annotations
@@ -114,6 +115,9 @@ def main() -> None:
     print(json.dumps({"ready": True}), flush=True)
     with mesh:
         trainer.train(batches)
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if peak:
+        print(json.dumps({"device_gib": peak / 2**30}), flush=True)
 
 
 if __name__ == "__main__":

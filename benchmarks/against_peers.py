@@ -186,8 +186,8 @@ def measure(options: argparse.Namespace, case: Case, rank: int, side: str, rows:
             result.peak_gib = float(measured[1]) / (1 if measured[2] == "G" else 1024)
         result.losses = [row["train_loss"] for row in timed.rows]
         result.trained = [int(row["train_supervised_tokens"]) for row in timed.rows]
-        told = re.search(r"steps compiled in ([\d.]+) s", timed.said)
-        result.compile_seconds = float(told[1]) if told else None
+        told = re.findall(r"steps compiled in ([\d.]+) s", timed.said)  # of each policy tried
+        result.compile_seconds = sum(map(float, told)) or None
     else:
         result.losses = [row["loss"] for row in timed.rows]
         result.trained = count_trained(rows, case, options.steps)

@@ -31,6 +31,7 @@ import support  # noqa: E402
 from adaptax.lora import build_model, merge_model  # noqa: E402
 from adaptax.models.attention import attend, build_masks  # noqa: E402
 from adaptax.models.gemma3_weights import SIZES  # noqa: E402
+from adaptax.step import Program  # noqa: E402
 
 
 def make_rows(options: argparse.Namespace) -> dict[str, jax.Array]:
@@ -88,8 +89,10 @@ def compile_layers(attention: str, options: argparse.Namespace) -> Pass:
     spec, dtype = support.full_spec(arch), jnp.dtype(options.dtype)
     graphdef = build_model(support.FAMILY, arch, spec, mesh, train=True, remat=options.remat, attention=attention)
 
+    adapter_dtype = Program(graphdef, spec, dtype, mesh).adapter_dtype
+
     def lose(adapters: Any, base: Any, rows: Any) -> jax.Array:
-        model = merge_model(graphdef, base, adapters, spec, dtype)
+        model = merge_model(graphdef, base, adapters, spec, adapter_dtype)
         hidden_BTD = model(rows["tokens"], rows["positions"], rows["segments"], dtype=dtype)
         return jnp.sin(hidden_BTD.astype(jnp.float32)).sum()
 

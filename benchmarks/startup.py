@@ -45,9 +45,9 @@ def main() -> None:
                     timed = time_process(command, Path(out), run / "metrics.jsonl")
                 if timed.status:
                     raise SystemExit(timed.said)
-                compiled = re.search(r"steps compiled in ([\d.]+) s", timed.said)
+                compiled = re.findall(r"steps compiled in ([\d.]+) s", timed.said)  # of each policy tried
                 seconds = f"{timed.first_seconds:.1f} s, of which {timed.seconds[-1]:.1f} s are the step's"
-                print(f"{dtype} {start}: {seconds}; compilation {compiled[1] if compiled else '?'} s", flush=True)
+                print(f"{dtype} {start}: {seconds}; compilation {sum(map(float, compiled)):.1f} s", flush=True)
 
 
 if __name__ == "__main__":

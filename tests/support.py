@@ -76,7 +76,7 @@ def make_program(arch: Architecture, spec: LoraSpec | None, mesh: Mesh, *, train
 def hidden_states(program: Program, base: Arrays, adapters: Arrays, tokens: np.ndarray, **kwargs: Any) -> jax.Array:
     """Hidden states of plain rows, [B, T, D]."""
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    model = merge_model(program.graphdef, base, adapters, program.spec, program.dtype)
+    model = merge_model(program.graphdef, base, adapters, program.spec, program.adapter_dtype)
     return model(jnp.asarray(tokens), jnp.asarray(positions), jnp.ones(tokens.shape, jnp.int32), **kwargs)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import small_runs
 import support
@@ -122,6 +123,17 @@ def test_what_arrays_hold_already_is_free_for_them(home: Path, monkeypatch: pyte
     assert after is not None
     assert before - after == 4000
     assert after >= 4 * GIB
+
+
+def test_what_lies_on_several_devices_is_counted_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, mesh = small_runs.make_config(home), support.make_mesh(2, 2)
+    monkeypatch.setattr("adaptax.memory._free_host_bytes", lambda: 4 * GIB)
+    before = free_bytes(config, mesh)
+    held = jax.device_put(jnp.ones((8, 1000)), NamedSharding(mesh, PartitionSpec("fsdp", "tp")))
+    found = [free_bytes(config, mesh) for _ in range(2)]
+    held.delete()
+    assert before is not None
+    assert [free - before for free in found if free is not None] == [8000, 8000]  # of 32,000 on each of four devices
 
 
 def test_the_measured_peak_is_told_beside_the_foretold_one(caplog: pytest.LogCaptureFixture) -> None:

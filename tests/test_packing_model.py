@@ -55,7 +55,7 @@ class Model:
         self._gradient = jax.jit(jax.value_and_grad(self._loss))
 
     def _run(self, adapters: Arrays, base: Arrays, batch: Any) -> jax.Array:
-        model = merge_model(self.program.graphdef, base, adapters, self.program.spec, self.program.dtype)
+        model = merge_model(self.program.graphdef, base, adapters, self.program.spec, self.program.adapter_dtype)
         return model(batch["tokens"], batch["positions"], batch["segments"], dtype=self.program.dtype)
 
     def _loss(self, adapters: Arrays, base: Arrays, batch: Any) -> jax.Array:

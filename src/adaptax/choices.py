@@ -36,7 +36,7 @@ def remat_policies(job: Job) -> tuple[str, ...]:
 def compile_fitting(
     job: Job, base: Shapes, length: int, free: int | None, *, with_eval: bool
 ) -> tuple[Job, Steps, Footprint]:
-    """Compiles the steps with the fastest remat policy that fits, or else with the one that takes least.
+    """Compiles the steps with the fastest remat policy that fits, or else with the last of them.
 
     Args:
       job: whose micro-batch has been chosen.
@@ -51,9 +51,10 @@ def compile_fitting(
     for remat in remat_policies(job):
         started, job = time.monotonic(), with_training(job, remat=remat)
         steps, footprint = compile_steps(job, base, length, with_eval=with_eval)
-        words = "training.remat=%s: steps compiled in %.1f s; on each device: %s"
-        log.info(words, remat, time.monotonic() - started, footprint.describe())
-        if free is None or footprint.peak_bytes <= free:
+        fits = free is None or footprint.peak_bytes <= free
+        words = "training.remat=%s: steps compiled in %.1f s; on each device: %s%s"
+        log.info(words, remat, time.monotonic() - started, footprint.describe(), "" if fits else ", which does not fit")
+        if fits:
             break
     return job, steps, footprint
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaptax.mesh import partition
 from adaptax.models import Architecture, Family
-from adaptax.models.products import frozen_product
+from adaptax.models.products import multiply_frozen
 from adaptax.quantize import join_scales
 
 Arrays = dict[str, jax.Array]
@@ -71,6 +71,7 @@ def build_model(
         model = getattr(module, family.model_class)(arch, rngs=nnx.Rngs(0))
         model.activation_sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
         model.remat, model.attention = remat, attention
+        model.multiply = multiply_frozen if platform == "cpu" else None
         if spec is not None:
             model.first_adapted = spec.first_layer
             model.layers = _wrap_block(module, arch, spec, spec.dropout if train else 0.0, platform)
@@ -94,12 +95,12 @@ def _wrap_block(module: Any, arch: Architecture, spec: LoraSpec, dropout: float,
 
 
 class _CpuProducts(qwix.PtqProvider):
-    """Products with frozen weights of bfloat16 by :func:`frozen_product`; all others as they are."""
+    """The products of projections, of which all that a block has, are those with a frozen weight."""
 
     def dot_general(self, lhs, rhs, dimension_numbers, *args: Any, **kwargs: Any) -> jax.Array:
-        if lhs.dtype == rhs.dtype == jnp.bfloat16:
-            return frozen_product(lhs, rhs, dimension_numbers)
-        return super().dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
+        if any(dimension_numbers[1]):  # of attention: neither factor is a weight
+            return super().dot_general(lhs, rhs, dimension_numbers, *args, **kwargs)
+        return multiply_frozen(lhs, rhs, dimension_numbers)
 
 
 class _CpuProvider(qwix.LoraProvider, _CpuProducts):

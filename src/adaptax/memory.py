@@ -130,7 +130,10 @@ def free_bytes(config: Config, mesh: Mesh) -> int | None:
 def _held_bytes() -> int:
     """What the arrays of this process take: a run's state, a sweep's base weights. What is foretold contains them."""
     arrays = [array for array in jax.live_arrays() if not array.is_deleted()]
-    return sum(_leaf_bytes(shard.data) for array in arrays for shard in array.addressable_shards)
+    arrays = [array for array in arrays if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key)]  # of no weight
+    # By buffer: a part of an array on several devices is an array too, once somebody has asked for it.
+    parts = [shard.data for array in arrays for shard in array.addressable_shards]
+    return sum({part.unsafe_buffer_pointer(): part.nbytes for part in parts}.values())
 
 
 def _free_host_bytes() -> int:

@@ -58,6 +58,9 @@ def _remove_torn(folder: Path) -> None:
         for program in folder.glob("*-cache"):
             if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():  # it is written last
                 program.unlink()
+        for time in folder.glob("*-atime"):  # of a program whose removal was cut short
+            if not time.with_name(time.name.removesuffix("-atime") + "-cache").exists():
+                time.unlink()
 
 
 def default_folder() -> Path:

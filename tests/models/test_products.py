@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import support
-from adaptax.lora import build_model, merge_model
+from adaptax.lora import LoraSpec, build_model, merge_model
 from adaptax.models.gemma3_weights import SIZES
 from adaptax.models.products import frozen_product
 from adaptax.step import Program
@@ -49,35 +50,40 @@ def test_value_and_gradient_are_those_of_float32_rounded(case: str) -> None:
     )
 
 
-def pull(dtype: type, base: support.Arrays, remat: str = "full") -> support.Arrays:
+def pull(dtype: type, base: support.Arrays, remat: str = "full", spec: LoraSpec = SPEC) -> support.Arrays:
     """Gradients of a loss in the model, in a type."""
-    program = Program(build_model(support.FAMILY, ARCH, SPEC, MESH, train=True, remat=remat), SPEC, dtype, MESH)
+    program = Program(build_model(support.FAMILY, ARCH, spec, MESH, train=True, remat=remat), spec, dtype, MESH)
     tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, ARCH.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(24), (2, 24))
 
     def loss(adapters: support.Arrays) -> jax.Array:
-        model = merge_model(program.graphdef, base, adapters, SPEC, program.adapter_dtype)
+        model = merge_model(program.graphdef, base, adapters, spec, program.adapter_dtype)
         hidden = model(tokens, positions, jnp.ones_like(tokens), dtype=dtype)
         assert hidden.dtype == dtype
         return (hidden.astype(jnp.float32) ** 2 * jnp.linspace(-1, 1, ARCH.embed_dim)).mean()
 
-    return jax.grad(loss)(support.random_adapters(ARCH, SPEC, MESH))
+    return jax.grad(loss)(support.random_adapters(ARCH, spec, MESH))
 
 
-def products(base: support.Arrays, remat: str) -> list[tuple[Any, Any, Any]]:
+def products(base: support.Arrays, remat: str, spec: LoraSpec = SPEC) -> list[tuple[Any, Any, Any]]:
     """(x, w, outcome) of every product in the gradients of the model in bfloat16."""
-    jaxpr = jax.make_jaxpr(functools.partial(pull, jnp.bfloat16, remat=remat))(base).jaxpr
+    jaxpr = jax.make_jaxpr(functools.partial(pull, jnp.bfloat16, remat=remat, spec=spec))(base).jaxpr
     found = [e for e, _ in support.equations(jaxpr) if e.primitive.name == "dot_general"]
     return [tuple(var.aval for var in (*e.invars, *e.outvars)) for e in found]
 
 
-def test_a_model_in_bfloat16_multiplies_frozen_weights_so_and_adapters_in_float32(base: support.Arrays) -> None:
-    gradients = pull(jnp.bfloat16, base)
-    for path, right in pull(jnp.float32, base).items():
+@pytest.mark.parametrize("first_adapted", [0, 3])
+def test_a_model_in_bfloat16_multiplies_frozen_weights_so_and_adapters_in_float32(
+    base: support.Arrays, first_adapted: int
+) -> None:
+    layers = tuple(range(first_adapted, ARCH.num_layers))
+    spec = dataclasses.replace(SPEC, layers=dict.fromkeys(SPEC.layers, layers))
+    gradients = pull(jnp.bfloat16, base, spec=spec)
+    for path, right in pull(jnp.float32, base, spec=spec).items():
         assert gradients[path].dtype == jnp.float32
         off = jnp.linalg.norm(gradients[path] - right) / jnp.linalg.norm(right)
         assert off < 0.05, (path, off)  # roundings of 2^-9 in each of six layers, forward and backward
-    for x, w, outcome in products(base, "full"):
+    for x, w, outcome in products(base, "full", spec):
         if w.shape in frozen_shapes(base):
             assert x.dtype == w.dtype == jnp.bfloat16
             assert outcome.dtype == jnp.float32

@@ -49,11 +49,13 @@ class Projection(nnx.Module):
 
     def __init__(self, shape: tuple[int, ...], num_in: int, stack: tuple[int, ...], rngs: nnx.Rngs):
         self.num_in = num_in
+        self.multiply: Callable[..., jax.Array] | None = None  # instead of dot_general, where qwix is not to see it
         self.w = nnx.Param(_init(rngs.params(), (*stack, *shape)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         contracted = tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in))
-        product = jax.lax.dot_general(x, self.w[...].astype(x.dtype), (contracted, ((), ())))
+        multiply = self.multiply or jax.lax.dot_general
+        product = multiply(x, self.w[...].astype(x.dtype), (contracted, ((), ())))
         return keep(product.astype(x.dtype), "product")  # adapters may be of a wider type
 
 
@@ -149,6 +151,7 @@ class Gemma3(nnx.Module):
         self.final_norm = RMSNorm(arch.embed_dim, arch.norm_eps, ())
         self.first_adapted = 0
         self.remat = "full"
+        self.multiply: Callable[..., jax.Array] | None = None  # of a projection without adapters, if not dot_general
         self.attention = "plain"  # or another implementation of adaptax.models.attention
         self.activation_sharding: NamedSharding | None = None  # of [B, T, D]; None leaves it to the compiler
 
@@ -184,7 +187,7 @@ class Gemma3(nnx.Module):
             rope_angles(positions_BT, arch.head_dim, arch.rope_theta_global, arch.rope_factor),
         )
         graphdef, lora, weights = nnx.split(self.layers, nnx.LoRAParam, ...)
-        plain = nnx.graphdef(nnx.eval_shape(lambda: Block(arch, rngs=nnx.Rngs(0))))
+        plain = nnx.graphdef(nnx.eval_shape(functools.partial(_make_plain_block, arch, self.multiply)))
         layer = self._build_layer(weights, masks, ropes, dropout_key, watch)
         notes: dict[str, Any] = {}
 
@@ -235,6 +238,15 @@ class Gemma3(nnx.Module):
         if self.activation_sharding is None:
             return x_BTD
         return jax.lax.with_sharding_constraint(x_BTD, self.activation_sharding)
+
+
+def _make_plain_block(arch: Architecture, multiply: Callable[..., jax.Array] | None) -> Block:
+    """A layer without adapters."""
+    block = Block(arch, rngs=nnx.Rngs(0))
+    for _, module in nnx.iter_modules(block):
+        if isinstance(module, Projection):
+            module.multiply = multiply
+    return block
 
 
 def take_layer(w: jax.Array, i: jax.Array) -> jax.Array:

@@ -12,6 +12,11 @@ import jax.numpy as jnp
 _dot_general = jax.lax.dot_general
 
 
+def multiply_frozen(x: jax.Array, w: jax.Array, dimension_numbers: Any) -> jax.Array:
+    """``dot_general`` of x with a frozen weight of its type, by :func:`frozen_product` in bfloat16."""
+    return (frozen_product if x.dtype == jnp.bfloat16 else _dot_general)(x, w, dimension_numbers)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def frozen_product(x: jax.Array, w: jax.Array, dimension_numbers: Any) -> jax.Array:
     """``dot_general`` with a weight that gets no gradient, in x's type, summed in float32 and rounded once.

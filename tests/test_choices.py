@@ -11,7 +11,7 @@ import yaml
 
 import small_runs
 import support
-from adaptax.choices import NUM_PROPOSALS, choose_micro_batch, propose
+from adaptax.choices import NUM_PROPOSALS, choose_micro_batch, compile_fitting, propose
 from adaptax.config import TrainingConfig, UserError, micro_batch
 from adaptax.job import Job, build_job, with_training
 from adaptax.memory import describe_base, foretell
@@ -70,6 +70,24 @@ def test_with_remat_open_too_memory_goes_to_the_batch_first(home: Path) -> None:
     for free, remat in (((full + matmul) // 2, "full"), (1 << 40, "matmul")):
         training = choose_micro_batch(job, None, LENGTH, free, 4).config.training
         assert (training.micro_batch_size, training.remat) == (4, remat)
+
+
+@pytest.mark.slow
+def test_a_policy_that_does_not_fit_is_told_beside_the_one_that_is_taken(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = {"model.model_size": "tiny", "model.weights": None, "training.remat": "auto"}
+    job = build_job(small_runs.make_config(home, changes | {"training.micro_batch_size": 4}), support.make_mesh())
+    base = describe_base(job, None)
+    with caplog.at_level("INFO", "adaptax"):
+        *_, most = compile_fitting(with_training(job, remat="matmul"), base, LENGTH, None, with_eval=False)
+        caplog.clear()
+        taken, _, least = compile_fitting(job, base, LENGTH, most.peak_bytes - 1, with_eval=False)
+    assert taken.config.training.remat == "full"
+    assert least.peak_bytes < most.peak_bytes
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[0] for line in said] == ["training.remat=matmul", "training.remat=full"]
+    assert [line.endswith(", which does not fit") for line in said] == [True, False]
 
 
 def test_a_device_that_does_not_say_what_it_has_is_told(home: Path) -> None:

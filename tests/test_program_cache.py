@@ -63,6 +63,17 @@ def test_a_program_that_a_kill_cut_short_is_made_anew(tmp_path: Path) -> None:
     assert compile_it(tmp_path, "1.0")[1] > 0
 
 
+def test_what_a_removal_left_is_removed(tmp_path: Path) -> None:
+    """Else the program would pass for a whole one, were it written anew and cut short."""
+    folder = Path(compile_it(tmp_path, "1.0")[0])
+    left = folder / "jit_gone-0123-atime"
+    left.write_bytes(b"12345678")
+    whole = set(folder.glob("*-cache"))
+    assert compile_it(tmp_path, "1.0")[1] > 0
+    assert not left.exists()
+    assert set(folder.glob("*-cache")) == whole
+
+
 def test_it_is_bounded_and_can_be_turned_off(tmp_path: Path) -> None:
     folder, _, _ = compile_it(tmp_path, "0.00000001")
     assert size_of(Path(folder)) < 1000

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from given import make_parser, read_rows
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IGNORED = -100
@@ -61,19 +62,13 @@ def build_model(options: argparse.Namespace) -> Any:
 
 def main() -> None:
     """Trains the steps that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("--checkpoint", "--rows"):
-        parser.add_argument(name, required=True)
-    for name in ("--batch", "--length", "--rank", "--steps"):
-        parser.add_argument(name, type=int, required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser = make_parser(__doc__)
     parser.add_argument("--attention", default="sdpa")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--library", choices=("plain", "liger", "unsloth"), default="plain")
     options = parser.parse_args()
     torch.manual_seed(0)
-    rows = np.load(options.rows, allow_pickle=False)
-    rows = {name: rows[name] for name in rows.files}
+    rows = read_rows(options.rows)
     model = build_model(options)
     trained = [p for p in model.parameters() if p.requires_grad]
     rule = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import qwix
 from flax import nnx
+from given import make_parser, read_rows
 from tunix.models.gemma3.model import Gemma3, ModelConfig
 from tunix.models.gemma3.params_safetensors import create_model_from_safe_tensors
 from tunix.rl import reshard
@@ -97,15 +98,8 @@ def build_model(options: argparse.Namespace, mesh: jax.sharding.Mesh) -> Gemma3:
 
 def main() -> None:
     """Trains the steps that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("--checkpoint", "--rows"):
-        parser.add_argument(name, required=True)
-    for name in ("--batch", "--length", "--rank", "--steps"):
-        parser.add_argument(name, type=int, required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    options = parser.parse_args()
-    with np.load(options.rows, allow_pickle=False) as file:
-        rows = {name: file[name] for name in file.files}
+    options = make_parser(__doc__).parse_args()
+    rows = read_rows(options.rows)
     mesh = create_mesh((1, 1), ("fsdp", "tp"), devices=jax.devices()[:1])
     model = build_model(options, mesh)
     rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, weight_decay=0.0))

@@ -83,7 +83,9 @@ def test_a_model_in_bfloat16_multiplies_frozen_weights_so_and_adapters_in_float3
         assert gradients[path].dtype == jnp.float32
         off = jnp.linalg.norm(gradients[path] - right) / jnp.linalg.norm(right)
         assert off < 0.05, (path, off)  # roundings of 2^-9 in each of six layers, forward and backward
-    for x, w, outcome in products(base, "full", spec):
+    found = products(base, "full", spec)
+    assert sum(w.shape in frozen_shapes(base) for _, w, _ in found) == (3 if first_adapted == 0 else 4) * 6
+    for x, w, outcome in found:
         if w.shape in frozen_shapes(base):
             assert x.dtype == w.dtype == jnp.bfloat16
             assert outcome.dtype == jnp.float32

@@ -11,7 +11,7 @@ import math
 import re
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -36,6 +36,26 @@ class LoraSpec:
     rank: int
     alpha: float
     dropout: float = 0.0
+    use_rslora: bool = False  # updates are scaled by alpha / sqrt(rank) (arXiv 2312.03732), not by alpha / rank
+    ranks: Mapping[str, int] = field(default_factory=dict)  # module path -> its own rank, such as layers/0/mlp/up_proj
+    alphas: Mapping[str, float] = field(default_factory=dict)  # module path -> its own alpha
+
+    def rank_of(self, kind: str, layer: int) -> int:
+        """The rank of a module."""
+        return self.ranks.get(f"layers/{layer}/{kind}", self.rank)
+
+    def alpha_of(self, kind: str, layer: int) -> float:
+        """The alpha of a module."""
+        return self.alphas.get(f"layers/{layer}/{kind}", self.alpha)
+
+    def scale_of(self, kind: str, layer: int) -> float:
+        """What A B is multiplied by in a module."""
+        rank = self.rank_of(kind, layer)
+        return self.alpha_of(kind, layer) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def stacked_rank(self, kind: str) -> int:
+        """The rank of a kind's stacked arrays: the highest there is; what lower ones leave over is zero."""
+        return max(self.rank_of(kind, layer) for layer in self.layers[kind])
 
     @property
     def first_layer(self) -> int:

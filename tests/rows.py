@@ -81,6 +81,7 @@ def run_config(data: cfg.DataConfig, mesh_shape: Any = None, **training: Any) ->
             tokenizer=None,
             dtype="float32",
             quantization=None,
+            init_adapter=None,
             attention="auto",
         ),
         data=data,
@@ -89,6 +90,8 @@ def run_config(data: cfg.DataConfig, mesh_shape: Any = None, **training: Any) ->
         training=cfg.TrainingConfig(**(values | training)),
         checkpoint=cfg.CheckpointConfig(None, None, 1, "auto", 30.0),
         logging=cfg.LoggingConfig(1, "off", False, False, None),
+        generation=cfg.GenerationConfig(16, 0.0, None, None, None, 0, 4),
+        evaluation=cfg.EvaluationConfig(None, None, 1e-6, None, 0),
     )
 
 

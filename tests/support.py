@@ -43,6 +43,7 @@ def model_config(weights: Path | str | None, size: str = "auto", **changes: Any)
         "tokenizer": None,
         "dtype": "float32",
         "quantization": None,
+        "init_adapter": None,
         "attention": "auto",
     }
     return cfg.ModelConfig(**(values | changes))

@@ -13,7 +13,7 @@ from adaptax.data.pipeline import BatchSource, Dataset
 from adaptax.data.store import Examples
 from adaptax.data.tokenizer import END_OF_TURN, Tokenizer
 from adaptax.evaluate import build_answer, evaluate_loss
-from adaptax.generate import build_decode, greedy
+from adaptax.generate import Generator
 from adaptax.models.gemma3_weights import SIZES
 from adaptax.step import build_eval_step
 from rows import encode_chat
@@ -34,7 +34,8 @@ def test_exact_match_counts_the_rows_that_greedy_decoding_gets_right(tokenizer: 
     program = support.make_program(ARCH, None, mesh)
     requests = ["switch the hallway fan off", "Lock the garage door.", "play jazz in the kitchen"]
     prompts = [chat(tokenizer, "hello", "hi", request, "x").tokens[:-3].tolist() for request in requests]
-    answers = greedy(build_decode(program), base, {}, prompts, 40, fsdp)
+    generator = Generator(program, ARCH)
+    answers = generator.answer(base, {}, prompts, 40)
     right = [
         Example(
             np.array([*prompt, *answer, END_OF_TURN], np.int32),
@@ -46,7 +47,7 @@ def test_exact_match_counts_the_rows_that_greedy_decoding_gets_right(tokenizer: 
     for row in wrong:
         row.tokens[-3] = 700
     assert len({tuple(answer) for answer in answers}) == 3
-    score = build_answer(program, base, Dataset(Examples.of([*right, *wrong[:2]])), 5, batch_size=4)({})
+    score = build_answer(generator, base, Dataset(Examples.of([*right, *wrong[:2]])), 5, batch_size=4)({})
     assert score is not None
     assert (score.exact_match, score.num_rows) == (0.6, 5)
     assert score.given[:3] == score.expected[:3] == answers
@@ -58,7 +59,7 @@ def test_a_missing_end_is_not_an_exact_match(tokenizer: Tokenizer) -> None:
     base = support.load(Path(support.find_source_of_tiny()), ARCH, mesh)
     program = support.make_program(ARCH, None, mesh)
     row = chat(tokenizer, "Lock the garage door.", "Okay, I will")  # right so far, but the base goes on
-    score = build_answer(program, base, Dataset(Examples.of([row])), 1, batch_size=1)({})
+    score = build_answer(Generator(program, ARCH), base, Dataset(Examples.of([row])), 1, batch_size=1)({})
     assert score is not None
     assert score.exact_match == 0
     assert len(score.given[0]) > len(score.expected[0])
@@ -85,7 +86,7 @@ def test_the_loss_is_the_same_however_rows_are_batched_and_none_without_rows(tok
 
 
 def test_no_rows_asked_for_or_held_out_give_no_score(tokenizer: Tokenizer) -> None:
-    program = support.make_program(ARCH, None, support.make_mesh())
+    generator = Generator(support.make_program(ARCH, None, support.make_mesh()), ARCH)
     data = Dataset(Examples.of([chat(tokenizer, "a", "b")]))
-    assert build_answer(program, {}, data, 0, 1)({}) is None
-    assert build_answer(program, {}, Dataset(), 5, 1)({}) is None
+    assert build_answer(generator, {}, data, 0, 1)({}) is None
+    assert build_answer(generator, {}, Dataset(), 5, 1)({}) is None

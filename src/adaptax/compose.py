@@ -23,13 +23,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from adaptax.config import Config, UserError, key_paths
 from adaptax.manifest import step_of
+from adaptax.options import OPTIONS
 from adaptax.redact import check_no_secrets, find_secret, is_secret_name, redact
+from adaptax.resume import GROUPS as RUN_GROUPS
 from adaptax.resume import read_config
 from adaptax.run_folder import RunFolder
 from adaptax.schema import one_of, unknown_key
 
-COMMANDS = ("train", "plan", "preview", "replay", "checkpoints", "verify-resume")
-GROUPS = ("model", "data", "optimizer", "schedule", "training", "checkpoint", "logging", "experiment")
+COMMANDS = ("train", "plan", "preview", "replay", "checkpoints", "verify-resume", *OPTIONS)
+GROUPS = (*RUN_GROUPS, "experiment")
 _MAPPED = re.compile(r"data\.(columns|filter)(\.|=|$)")  # the names in it are the user's own
 _NAMED = re.compile(r"(?:^|[{,])\s*([\w.+~/@-]+)\s*[=:]")  # the key of an override, and keys in braces behind it
 _MADE = re.compile(r"logging\.(?:Stream|File|Null|_Stderr)Handler|adaptax\.redact\.SecretFilter")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from adaptax import schema
+from adaptax.answer_config import EvaluationConfig, GenerationConfig, check_metric
 from adaptax.schema import UserError, build_group, knob
 
 MESH_AXES = ("fsdp", "tp")
@@ -43,6 +44,9 @@ class ModelConfig:
     quantization: Optional[str] = knob(
         "Keep the frozen base's matrices in 8 or 4 bits (QLoRA); null keeps them as they are.",
         choices=("int8", "int4", "nf4"),
+    )
+    init_adapter: Optional[str] = knob(
+        "Begin from this adapter in PEFT's format, a folder; rank, scale and modules are then its own."
     )
     attention: str = knob(
         "Implementation of attention; ``auto`` takes the fastest that the device and the model allow.",
@@ -213,10 +217,12 @@ class Config:
     training: TrainingConfig = knob("Batches and epochs.")
     checkpoint: CheckpointConfig = knob("What is saved along the way, and how a run is resumed.")
     logging: LoggingConfig = knob("What is shown.")
+    generation: GenerationConfig = knob("How answers are generated.")
+    evaluation: EvaluationConfig = knob("How answers are scored.")
 
 
-def build(values: Mapping[str, Any]) -> Config:
-    """Turns nested plain values into a checked :class:`Config`.
+def build(values: Mapping[str, Any], *, is_trained: bool = True) -> Config:
+    """Turns nested plain values into a checked :class:`Config`; rows to train on are needed where it is trained.
 
     Raises:
       UserError: naming every wrong key at once, one line.
@@ -229,7 +235,8 @@ def build(values: Mapping[str, Any]) -> Config:
         problems += _check_regex(config.model.lora_module_path)
     if config.model and isinstance(name := config.model.tokenizer, str) and not locate(name).is_file():
         problems.append(f"model.tokenizer={name}: no such file")
-    problems += _check_data(config.data) if config.data else []
+    problems += _check_data(config.data, is_trained) if config.data else []
+    problems += check_metric(config.evaluation) if config.evaluation else []
     problems += _check_profile(config.training.profile) if config.training else []
     if problems:
         raise UserError("; ".join(problems))
@@ -341,14 +348,14 @@ def locate(name: str) -> Path:
     return Path(__file__).parent / "assets" / name[len("embedded:") :] if is_embedded else Path(name).expanduser()
 
 
-def _check_data(data: DataConfig) -> list[str]:
+def _check_data(data: DataConfig, is_trained: bool) -> list[str]:
     problems = []
     for key in ("train", "eval"):
         value = getattr(data, key)
         is_list = isinstance(value, list) and value and all(isinstance(p, str) and p for p in value)
         if not (value is None or (isinstance(value, str) and value) or is_list):
             problems.append(f"data.{key} must be a file or a list of files, not {value!r}")
-    if data.train is None and data.mixture is None:
+    if is_trained and data.train is None and data.mixture is None:
         problems.append("data.train is not set: data.train=chats.jsonl, or +experiment=quickstart for a first try")
     limits = data.min_length, data.max_length
     if all(isinstance(limit, int) for limit in limits) and limits[0] > limits[1]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -15,10 +15,10 @@ from adaptax.data.packing import choose_buckets
 from adaptax.data.pipeline import BatchSource, Dataset
 from adaptax.data.store import Examples
 from adaptax.data.tokenizer import END_OF_TURN
-from adaptax.generate import answer_span, build_decode, greedy
+from adaptax.generate import Generator, answer_span
 from adaptax.lora import Arrays, merge_model
 from adaptax.loss import chunk_size
-from adaptax.mesh import batch_part, shard_batch
+from adaptax.mesh import batch_part, replicated, shard_batch
 from adaptax.step import HEAD, Batch, Program
 
 EvalStep = Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array]]
@@ -60,7 +60,7 @@ class Answers:
 
 
 def build_answer(
-    program: Program, base: Arrays, data: Dataset, num_rows: int, batch_size: int
+    generator: Generator, base: Arrays, data: Dataset, num_rows: int, batch_size: int
 ) -> Callable[[Arrays], Answers | None]:
     """A function from adapters to the score of the first ``num_rows`` held-out rows; None where there are none.
 
@@ -70,49 +70,66 @@ def build_answer(
     likely one behind those before it. So one pass over the expected answers scores them all, and only the few that are
     shown are generated; these may be a fourth longer than the expected ones.
     """
-    answered = ((row, answer_span(row)) for row in data.examples)
-    has_answer = ((row, span) for row, span in answered if span[0] > 1 and row.tokens[span[1] - 1] == END_OF_TURN)
-    whole = list(itertools.islice(has_answer, num_rows))
+    whole = list(itertools.islice(answered_rows(data.examples), num_rows))
     if not whole:
         return lambda adapters: None
-    rows, spans = zip(*whole, strict=True)
-    answers = Dataset(Examples.of([_only_answer(row, *span) for row, span in zip(rows, spans, strict=True)]))
+    answers = Dataset(Examples.of([_only_answer(row, *span) for row, span in whole]))
+    program = generator.program
     longest = choose_buckets(answers.examples.lengths, 1)
     batches = BatchSource(answers, num_micro=1, batch_size=batch_size, buckets=longest, part=batch_part(program.mesh))
-    match, decode = build_match(program), build_decode(program)
-    prompts = [row.tokens[:start].tolist() for row, (start, _) in zip(rows, spans, strict=True)][:NUM_SHOWN]
-    expected = [row.tokens[start : stop - 1].tolist() for row, (start, stop) in zip(rows, spans, strict=True)]
-    max_new_tokens = min(max(map(len, expected[:NUM_SHOWN])) * 5 // 4 + 1, MAX_SHOWN_TOKENS)
+    score = build_score(program)
+    prompts = [row.tokens[:start].tolist() for row, (start, _) in whole[:NUM_SHOWN]]
+    expected = [row.tokens[start : stop - 1].tolist() for row, (start, stop) in whole[:NUM_SHOWN]]
+    max_new_tokens = min(max(map(len, expected)) * 5 // 4 + 1, MAX_SHOWN_TOKENS)
 
     def answer(adapters: Arrays) -> Answers:
-        sharded = (shard_batch(batches[k], program.mesh) for k in range(batches.steps_per_epoch))
-        num_right = sum(int(match(adapters, base, batch)) for batch in sharded)
-        given = greedy(decode, base, adapters, prompts, max_new_tokens, program.mesh.shape["fsdp"])
-        return Answers(num_right / len(rows), len(rows), prompts, expected[:NUM_SHOWN], given)
+        num_right = 0
+        for k in range(batches.steps_per_epoch):
+            _, counts_B, right_B = score(adapters, base, shard_batch(batches[k], program.mesh))
+            num_right += int(((counts_B > 0) & (right_B == counts_B)).sum())
+        given = generator.answer(base, adapters, prompts, max_new_tokens)
+        return Answers(num_right / len(whole), len(whole), prompts, expected, given)
 
     return answer
 
 
-def build_match(program: Program) -> Callable[[Arrays, Arrays, Batch], jax.Array]:
-    """Jitted ``(adapters, base, batch) -> rows of which every supervised target is the most likely token``."""
+def answered_rows(examples: Iterable[Example]) -> Iterator[tuple[Example, tuple[int, int]]]:
+    """The rows that have a last answer, whole, and where it stands in them."""
+    for row in examples:
+        start, stop = answer_span(row)
+        if start > 1 and row.tokens[stop - 1] == END_OF_TURN:
+            yield row, (start, stop)
 
-    def match(adapters: Arrays, base: Arrays, batch: Batch) -> jax.Array:
+
+def build_score(program: Program) -> Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array, jax.Array]]:
+    """Jitted ``(adapters, base, batch) -> of each row``: summed loss in nats, supervised targets, and how many of these
+    are the most likely token.
+    """
+
+    def score(adapters: Arrays, base: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         micro = {name: array[0] for name, array in batch.items()}
         model = merge_model(program.graphdef, base, adapters, program.spec, program.adapter_dtype)
         hidden_BTD = model(micro["tokens"], micro["positions"], micro["segments"], dtype=program.dtype)
-        B, T, D = hidden_BTD.shape
+        B, T, _ = hidden_BTD.shape
         C = max(1, min(T, chunk_size(base[HEAD].shape[0]) // B))  # positions at a time: no [tokens, vocabulary] array
-        padded = jnp.pad(hidden_BTD, ((0, 0), (0, -T % C), (0, 0))).reshape(B, -1, C, D).swapaxes(0, 1)
+        head_VD = base[HEAD].astype(program.dtype)
 
-        def most_likely(hidden_BCD: jax.Array) -> jax.Array:
-            head_VD = base[HEAD].astype(program.dtype)
-            return jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=jnp.float32).argmax(-1)
+        def cut(x_BT: jax.Array) -> jax.Array:
+            padded = jnp.pad(x_BT, ((0, 0), (0, -T % C), *((0, 0) for _ in x_BT.shape[2:])))
+            return padded.reshape(B, -1, C, *x_BT.shape[2:]).swapaxes(0, 1)
 
-        best_BT = jax.lax.map(most_likely, padded).swapaxes(0, 1).reshape(B, -1)[:, :T]
-        is_right_B = ((best_BT == micro["targets"]) | ~micro["loss_mask"]).all(axis=1)
-        return (is_right_B & micro["loss_mask"].any(axis=1)).sum()
+        def score_chunk(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            hidden_BCD, targets_BC = chunk
+            logits_BCV = jnp.einsum("BCD,VD->BCV", hidden_BCD, head_VD, preferred_element_type=jnp.float32)
+            target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+            return jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC, logits_BCV.argmax(-1) == targets_BC
 
-    return jax.jit(match)
+        scored = jax.lax.map(score_chunk, (cut(hidden_BTD), cut(micro["targets"])))
+        losses_BT, is_right_BT = (x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in scored)
+        mask_BT = micro["loss_mask"]
+        return (losses_BT * mask_BT).sum(axis=1), mask_BT.sum(axis=1), (is_right_BT & mask_BT).sum(axis=1)
+
+    return jax.jit(score, out_shardings=replicated(program.mesh))
 
 
 def _only_answer(example: Example, start: int, stop: int) -> Example:

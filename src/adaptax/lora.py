@@ -92,7 +92,9 @@ def build_model(
         model.activation_sharding = NamedSharding(mesh, PartitionSpec("fsdp"))
         model.remat, model.attention = remat, attention
         model.multiply = multiply_frozen if platform == "cpu" else None
-        if spec is not None:
+        if spec is None:
+            module.set_multiply(model.layers, model.multiply)
+        else:
             model.first_adapted = spec.first_layer
             model.layers = _wrap_block(module, arch, spec, spec.dropout if train else 0.0, platform)
         return model
@@ -178,7 +180,7 @@ def merge_model(graphdef: nnx.GraphDef, base: Arrays, adapters: Arrays, spec: Lo
     """The callable model: frozen base and adapters (cast to a type) put into the graph."""
     leaves = [(tuple(path.split("/")), nnx.Param(array)) for path, array in join_scales(base).items()]
     if spec is not None:
-        num_layers = next(a.shape[0] for path, a in base.items() if path.startswith("layers/"))
+        num_layers = next(len(stack) for path, stack in base.items() if path.startswith("layers/"))
         for path, array in adapters.items():
             kind = path.removeprefix("layers/").rpartition("/")[0]
             array = _spread(array.astype(dtype), spec.layers[kind], spec.first_layer, num_layers)

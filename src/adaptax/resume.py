@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _PLAIN = re.compile(r"[A-Za-z_./][\w./-]*", re.ASCII)
 
 # May change between two starts of a run. What is read and what is trained may not.
-FREE_GROUPS = ("checkpoint", "logging")
+FREE_GROUPS = ("checkpoint", "logging", "generation", "evaluation")
 GROUPS = ("model", "data", "optimizer", "schedule", "training", *FREE_GROUPS)
 FREE_KEYS = (
     "name",
@@ -341,13 +341,16 @@ def bring_config(values: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
     if resume in ("auto", "never"):
         return values
     saved = read_config(_find_source(Path(str(resume))))
-    if saved is None:
-        return values
+    return values if saved is None else bring_saved(values, saved, (*keys, *START_KEYS))
+
+
+def bring_saved(values: Mapping[str, Any], saved: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """What a run has saved, and of the values only some keys and groups, and what it did not know."""
     brought = {
         name: {**value, **saved.get(name, {})} if isinstance(value, dict) else saved.get(name, value)
         for name, value in values.items()
     }
-    for key in (*keys, *START_KEYS):
+    for key in keys:
         group, _, name = key.partition(".")
         if name:
             brought[group][name] = values[group][name]

@@ -53,14 +53,15 @@ def list_tensors(directory: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{directory} holds no *.safetensors file")
     tensors = {}
     for path in paths:
-        for name, tensor in _read_header(path).items():
+        for name, tensor in list_file(path).items():
             if name in tensors:
                 raise UserError(f"{name:.200} is in {tensors[name].path} and in {path}: take one of them away")
             tensors[name] = tensor
     return tensors
 
 
-def _read_header(path: Path) -> dict[str, StoredTensor]:
+def list_file(path: Path) -> dict[str, StoredTensor]:
+    """The same of one file."""
     try:
         with safe_open(path, "numpy"), path.open("rb") as file:  # the first one checks all that the header says
             length = int.from_bytes(file.read(8), "little")

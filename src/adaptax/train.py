@@ -22,6 +22,7 @@ from adaptax.data.chat import last_request
 from adaptax.data.tokenizer import Tokenizer
 from adaptax.evaluate import Answers, build_answer, evaluate_loss
 from adaptax.export import save_peft_adapter
+from adaptax.generate import Generator
 from adaptax.lora import Arrays
 from adaptax.manifest import Damaged, Manifest
 from adaptax.mesh import Votes, shard_batch, share_text
@@ -60,7 +61,8 @@ def run(start: Start, mesh: Mesh, folder: RunFolder, stop: StopSignals) -> float
 
     evaluate = build_evaluate(prepared, base, stop)
     num_rows, batch_size = config.training.exact_match_rows, micro_batch(config.training) * mesh.shape["fsdp"]
-    answer = build_answer(prepared.steps.eval_program, base, prepared.feed.held_out, num_rows, batch_size)
+    generator = Generator(prepared.steps.eval_program, prepared.job.arch)
+    answer = build_answer(generator, base, prepared.feed.held_out, num_rows, batch_size)
     before = answer(prepared.state.adapters)
     if manifest:  # the fresh adapters were needed up to here
         jax.tree.map(lambda array: array.delete(), prepared.state)

@@ -99,6 +99,29 @@ def load_weights(
         return _last_base[key]
 
 
+def take_apart(base: dict[str, jax.Array]) -> dict[str, Any]:
+    """The base with a tuple of arrays, one for each layer, in the place of every stack, which is given up for it.
+
+    For generation, which reads every weight once for a token: some backends copy what they take out of a stack.
+    """
+    with _loading:
+        _last_base.clear()  # it is not to be handed out again
+    apart: dict[str, Any] = {}
+    for path in list(base):
+        stack = base.pop(path)
+        if not path.startswith("layers/"):
+            apart[path] = stack
+            continue
+        apart[path] = jax.block_until_ready(_split_layers(stack))
+        stack.delete()
+    return apart
+
+
+@jax.jit
+def _split_layers(stack: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(stack)
+
+
 _last_base: dict[str, dict[str, jax.Array]] = {}
 _loading = threading.Lock()
 

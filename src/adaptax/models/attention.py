@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from adaptax.models.attention_blocks import ALL, Blocks, attend_blocks, cut_blocks
 from adaptax.models.attention_kernels import LANES, attend_cudnn, attend_splash
+from adaptax.models.cache import CachedLayer
 from adaptax.models.gemma3_weights import Architecture
 from adaptax.models.residuals import keep
 from adaptax.schema import UserError
@@ -160,11 +161,15 @@ def build_masks(
     return local, full
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask, scale: float) -> jax.Array:
+def attend(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: AttentionMask | CachedLayer, scale: float
+) -> jax.Array:
     """Softmax attention, grouped heads, logits and softmax in float32. Returns [B, T, N, H].
 
     What a remat policy is to keep is named ``attention``.
     """
+    if isinstance(mask, CachedLayer):
+        return attend_heads(q_BTNH, *mask.extend(k_BSKH, v_BSKH), scale)
     if mask.implementation == "plain":
         assert mask.allowed_BTS is not None
         return keep(attend_plain(q_BTNH, k_BSKH, v_BSKH, mask.allowed_BTS, scale), "attention")
@@ -186,16 +191,22 @@ def attend_plain(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, allowed_BTS: jax.Array, scale: float
 ) -> jax.Array:
     """The reference: all logits, [B, K, G * T, S], at once."""
+    return attend_heads(q_BTNH, k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2), allowed_BTS, scale)
+
+
+def attend_heads(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, allowed_BTS: jax.Array, scale: float
+) -> jax.Array:
+    """The same with keys and values head by head, as caches hold them."""
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    K = k_BKSH.shape[1]
     G = N // K
     # The queries of a group stand below each other, M = G * T: one plain matrix product per key/value head.
     q_BKMH = q_BTNH.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
     logits_BKMS = jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32) * scale
     mask_BKMS = jnp.tile(allowed_BTS, (1, G, 1))[:, None]
     weights_BKMS = jax.nn.softmax(jnp.where(mask_BKMS, logits_BKMS, jnp.finfo(jnp.float32).min), axis=-1)
-    out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS.astype(v_BSKH.dtype), v_BKSH)
+    out_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS.astype(v_BKSH.dtype), v_BKSH)
     return out_BKMH.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from adaptax.models.attention import AttentionMask, attend, build_masks
+from adaptax.models.cache import Cache, CachedLayer
 from adaptax.models.gemma3_weights import Architecture
 from adaptax.models.residuals import keep
 from adaptax.quantize import dequantize_tree
@@ -73,7 +74,9 @@ class Attention(nnx.Module):
         self.num_kv_heads = K
 
     @jax.named_scope("attention")
-    def __call__(self, x_BTD: jax.Array, rope_BTH: tuple[jax.Array, jax.Array], mask: AttentionMask) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, rope_BTH: tuple[jax.Array, jax.Array], mask: AttentionMask | CachedLayer
+    ) -> jax.Array:
         q_BTNH = apply_rope(self.query_norm(self.q_einsum(x_BTD)), *rope_BTH)
         kv_BSCKH = self.kv_einsum(x_BTD)
         k_BSKH = apply_rope(self.key_norm(kv_BSCKH[:, :, 0]), *rope_BTH)
@@ -109,7 +112,7 @@ class Block(nnx.Module):
         self,
         x_BTD: jax.Array,
         rope_BTH: tuple[jax.Array, jax.Array],
-        mask: AttentionMask,
+        mask: AttentionMask | CachedLayer,
         look: Callable[[str, jax.Array], jax.Array] = lambda half, x_BTD: x_BTD,
     ) -> jax.Array:
         """The layer's output; ``look`` is handed the name and the outcome of each half, and what it gives goes on."""
@@ -208,6 +211,30 @@ class Gemma3(nnx.Module):
         x_BTD = self.final_norm(x_BTD)
         return x_BTD if watch is None else (x_BTD, notes)
 
+    def extend(self, tokens_BT: jax.Array, cache: Cache, *, dtype: Any = jnp.float32) -> tuple[jax.Array, Cache]:
+        """Hidden states after the final norm of the next tokens of every row, [B, T, D], and the cache with them.
+
+        Layer after layer without a scan, so that weights may lie layer by layer too, in tuples: a backend that copies
+        what it takes out of a stack would read every weight three times for a token.
+        """
+        arch, positions_BT = self.arch, cache.positions(tokens_BT.shape[1])
+        ropes = (
+            rope_angles(positions_BT, arch.head_dim, arch.rope_theta_local, 1.0),
+            rope_angles(positions_BT, arch.head_dim, arch.rope_theta_global, arch.rope_factor),
+        )
+        graphdef, lora, weights = nnx.split(self.layers, nnx.LoRAParam, ...)
+        plain = nnx.graphdef(nnx.eval_shape(functools.partial(_make_plain_block, arch, self.multiply)))
+        x_BTD, stored = self._shard(self.embedder(tokens_BT, dtype)), []
+        for i, is_global in enumerate(arch.global_layers):
+            is_adapted = i >= self.first_adapted
+            lora_i = _pick_layer(lora, i - self.first_adapted) if is_adapted else nnx.State({})
+            weights_i = dequantize_tree(_pick_layer(weights, i), x_BTD.dtype)
+            block = nnx.merge(graphdef if is_adapted else plain, lora_i, weights_i)
+            layer = CachedLayer(cache, i, None if is_global else arch.sliding_window)
+            x_BTD = self._shard(block(x_BTD, ropes[is_global], layer))
+            stored.append(layer.stored)
+        return self.final_norm(x_BTD), Cache(tuple(stored), cache.starts_B, cache.time + tokens_BT.shape[1])
+
     def _build_layer(
         self, weights: nnx.State, masks: tuple[Any, Any], ropes: tuple[Any, Any], key: Any, watch: Watch | None
     ) -> Callable[..., tuple[jax.Array, dict[str, Any]]]:
@@ -243,10 +270,21 @@ class Gemma3(nnx.Module):
 def _make_plain_block(arch: Architecture, multiply: Callable[..., jax.Array] | None) -> Block:
     """A layer without adapters."""
     block = Block(arch, rngs=nnx.Rngs(0))
+    set_multiply(block, multiply)
+    return block
+
+
+def set_multiply(block: Block, multiply: Callable[..., jax.Array] | None) -> None:
+    """Has the projections of a block without adapters multiply so, instead of by ``dot_general``."""
     for _, module in nnx.iter_modules(block):
         if isinstance(module, Projection):
             module.multiply = multiply
-    return block
+
+
+def _pick_layer(weights: Any, i: int) -> Any:
+    """The weights of layer i, out of stacks or tuples."""
+    is_tuple = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+    return jax.tree.map(lambda w: w[i], weights, is_leaf=is_tuple)
 
 
 def take_layer(w: jax.Array, i: jax.Array) -> jax.Array:

@@ -1,0 +1,171 @@
+"""What the commands after training work on: a base model, with an adapter or without, and its tokenizer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from adaptax.adapter_files import adopt, open_adapter, read_arrays
+from adaptax.checkpoint import gather, restore
+from adaptax.config import Config, UserError, build
+from adaptax.data.tokenizer import Tokenizer, open_tokenizer
+from adaptax.job import Job, build_job, set_precision
+from adaptax.lora import Arrays, build_model, describe_adapters, init_adapters
+from adaptax.manifest import Damaged, read_checkpoint, step_of
+from adaptax.memory import describe_base, free_bytes, local_bytes, show_bytes
+from adaptax.models import find_source
+from adaptax.models.cache import cache_shapes
+from adaptax.models.hub import SMALL_FILES, fetch_files
+from adaptax.optim import build_optimizer
+from adaptax.run_folder import RunFolder
+from adaptax.step import Program, init_state
+from adaptax.weights import load_weights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter, on the host, and the job of a configuration that has its ranks, scales and modules."""
+
+    name: str
+    job: Job
+    arrays: dict[str, np.ndarray]
+    program: Program
+
+    def place(self) -> Arrays:
+        """Its arrays on the mesh."""
+        job = self.job
+        shapes = describe_adapters(job.family, job.arch, job.spec, job.mesh) if self.arrays else {}
+        return {path: jax.device_put(self.arrays[path], leaf.sharding) for path, leaf in shapes.items()}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A base model, and the adapters to look at; all share the base."""
+
+    job: Job  # of the first adapter
+    tokenizer: Tokenizer
+    adapters: tuple[Adapter, ...]
+
+    def load_base(self) -> Arrays:
+        """Reads the frozen weights."""
+        job, directory = self.job, fetch_files(self.job.source)
+        seed = job.config.training.seed
+        return load_weights(directory, job.arch, job.family.checkpoint, describe_base(job, directory), seed)
+
+    def check_room(self, num_rows: int, num_tokens: int) -> None:
+        """Tells what generation takes of a device, and refuses what does not fit.
+
+        Raises:
+          UserError: with what is needed, and what to lower.
+        """
+        job = self.job
+        base = local_bytes(describe_base(job, fetch_files(job.source)))
+        sizes = [np.prod(shape) for shape in cache_shapes(job.arch, num_rows, num_tokens)]
+        cache = 2 * int(sum(sizes)) * job.dtype.itemsize // job.mesh.shape["fsdp"]
+        words = f"base weights {show_bytes(base)}, keys and values of {num_rows} x {num_tokens} tokens"
+        log.info("%s %s on each device", words, show_bytes(cache))
+        free = free_bytes(job.config, job.mesh)
+        if free is not None and base + cache > free:
+            raise UserError(
+                f"{words} {show_bytes(cache)} do not fit the device, which has {show_bytes(free)}: lower "
+                "generation.batch_size or generation.max_new_tokens, or set model.quantization=int8"
+            )
+
+
+def open_subject(config: Config, mesh: Mesh, places: Sequence[Path | None]) -> Subject:
+    """Reads the adapters, and opens the tokenizer; no weight of the base is read.
+
+    Args:
+      config: names the base, and how it is run.
+      mesh: the devices.
+      places: folders of adapters or ``checkpoints/step_N``; None is the base alone.
+
+    Raises:
+      UserError: an adapter is none, or is of another model.
+    """
+    directory = fetch_files(find_source(config.model), SMALL_FILES)
+    job = build_job(config, mesh, directory)
+    set_precision(job)
+    adapters = tuple(read_adapter(job, place, directory) for place in places)
+    return Subject(adapters[0].job, open_tokenizer(config, directory, job.arch.vocab_size), adapters)
+
+
+def read_adapter(job: Job, place: Path | None, directory: Path | None) -> Adapter:
+    """An adapter from where it lies."""
+    if place is None:
+        return Adapter("base", job, {}, build_program(job, is_adapted=False))
+    if step_of(place) is not None:
+        job, arrays = _read_checkpoint(job, place, directory)
+    else:
+        files = open_adapter(place, job.family.checkpoint, job.arch)
+        arrays = read_arrays(files, job.family.checkpoint, job.arch)
+        model = replace(adopt(job.config.model, files, job.arch), lora_dropout=files.dropout)
+        job = build_job(replace(job.config, model=model), job.mesh, directory)
+    log.info("adapter %s: rank %d, %d modules", place, job.spec.rank, sum(map(len, job.spec.layers.values())))
+    return Adapter(str(place), job, arrays, build_program(job))
+
+
+def build_program(job: Job, *, is_adapted: bool = True) -> Program:
+    """The model without dropout and without anything kept for a backward pass."""
+    spec = job.spec if is_adapted else None
+    attention = job.attention
+    graphdef = build_model(job.family, job.arch, spec, job.mesh, train=False, remat="none", attention=attention)
+    return Program(graphdef, spec, job.dtype, job.mesh)
+
+
+def _read_checkpoint(job: Job, path: Path, directory: Path | None) -> tuple[Job, dict[str, np.ndarray]]:
+    """The adapters of a checkpoint of a run, with the modules and ranks of that run."""
+    try:
+        manifest = read_checkpoint(path)
+        saved = build(manifest.config).model
+        names = ("lora_rank", "lora_alpha", "lora_module_path", "lora_dropout")
+        names += ("use_rslora", "lora_rank_pattern", "lora_alpha_pattern")
+        model = replace(job.config.model, **{name: getattr(saved, name) for name in names})
+        config = replace(job.config, model=model, optimizer=build(manifest.config).optimizer)
+        job = build_job(config, job.mesh, directory)
+        optimizer, _ = build_optimizer(config.optimizer, config.schedule, job.num_steps)
+        fresh = init_adapters(job.family, job.arch, job.spec, job.mesh, 0)
+        state = restore(path, manifest, init_state(fresh, optimizer, job.mesh, 0))
+    except Damaged as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    return job, gather(state.adapters)
+
+
+def find_adapter(run: Path | None, adapter: str | None) -> Path | None:
+    """Where an adapter lies; None for the base alone.
+
+    Args:
+      run: a run's folder.
+      adapter: a folder, ``best`` or ``last`` of the run, ``none``, or None for what the run ended with.
+
+    Raises:
+      UserError: there is none.
+    """
+    if adapter == "none":
+        return None
+    folder = RunFolder(run) if run else None
+    if adapter in ("best", "last"):
+        if folder is None:
+            raise UserError(f"adapter={adapter} is one of a run's: set run=DIR")
+        if not (folder.adapters / adapter).is_dir():
+            raise UserError(f"{folder.adapters / adapter} is not there: the run has saved no checkpoint")
+        return folder.adapters / adapter
+    if adapter is not None:
+        return Path(adapter).expanduser()
+    if folder is None:
+        return None
+    candidates = (folder.adapter, folder.adapters / "best", folder.adapters / "last")
+    found = next((path for path in candidates if path.is_dir()), None)
+    if found is None:
+        raise UserError(f"{folder.path} holds no adapter: the run has saved nothing yet; adapter=none takes the base")
+    if found != folder.adapter:
+        log.warning("%s has not ended: %s is taken", folder.path, found)
+    return found

@@ -45,7 +45,8 @@ class StoredTensor:
 
     def read(self) -> Iterator[bytes]:
         """Its bytes as they are stored, whatever their type, in pieces of whole rows; see :func:`read_pieces`."""
-        row_bytes = max(1, self.num_bytes // (self.shape[0] if self.shape else 1))
+        num_rows = self.shape[0] if self.shape else 1
+        row_bytes = max(1, self.num_bytes // max(1, num_rows))
         return read_pieces(self.path, self.offset, self.num_bytes, max(1, READ_BYTES // row_bytes) * row_bytes)
 
 

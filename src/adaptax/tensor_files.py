@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from adaptax.schema import UserError
 
 PIECE_BYTES = 64 << 20
+READ_BYTES = 4 << 20  # what passes through a processor's cache is worked on fastest
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 
 
@@ -27,6 +28,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str  # as safetensors spells it
     offset: int  # of its first byte in the file
+    num_bytes: int
 
     def map(self, rows: range | None = None) -> np.ndarray:
         """The tensor, or some of its rows, in place in the file; its pages are given back with the array."""
@@ -40,6 +42,31 @@ class StoredTensor:
         num_rows = self.shape[0]
         step = max(1, PIECE_BYTES // (math.prod(self.shape[1:]) * 4))
         return (range(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+    def read(self) -> Iterator[bytes]:
+        """Its bytes as they are stored, whatever their type, in pieces of whole rows; see :func:`read_pieces`."""
+        num_rows = self.shape[0] if self.shape else 1
+        row_bytes = max(1, self.num_bytes // max(1, num_rows))
+        return read_pieces(self.path, self.offset, self.num_bytes, max(1, READ_BYTES // row_bytes) * row_bytes)
+
+
+def read_pieces(path: Path, offset: int, num_bytes: int, piece_bytes: int = READ_BYTES) -> Iterator[bytes]:
+    """So many bytes of a file, in pieces; where a mapped file would have the process killed, this raises.
+
+    Raises:
+      UserError: the file cannot be read, or ends early.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while num_bytes:
+                piece = file.read(min(piece_bytes, num_bytes))
+                if not piece:
+                    raise UserError(f"{path} cannot be read: it ends early")
+                num_bytes -= len(piece)
+                yield piece
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def list_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -69,10 +96,11 @@ def list_file(path: Path) -> dict[str, StoredTensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     header.pop("__metadata__", None)
-    return {
-        name: StoredTensor(path, tuple(said["shape"]), said["dtype"], 8 + length + said["data_offsets"][0])
-        for name, said in header.items()
-    }
+    tensors = {}
+    for name, said in header.items():
+        start, stop = said["data_offsets"]
+        tensors[name] = StoredTensor(path, tuple(said["shape"]), said["dtype"], 8 + length + start, stop - start)
+    return tensors
 
 
 def _list_files(directory: Path) -> list[Path]:

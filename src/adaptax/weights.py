@@ -55,7 +55,7 @@ def describe_weights(
     sizes, files, prefix = family.axis_sizes(arch), {}, ""
     if directory is not None:
         files = list_tensors(directory)
-        prefix = _check_tensors(directory, files, arch, family)
+        prefix = check_tensors(directory, files, arch, family)
     described = {}
     for path, axes in family.parameter_axes(arch).items():
         names = family.tensor_names(path, arch, prefix)
@@ -160,13 +160,17 @@ def _draw(
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
 
 
-def _check_tensors(directory: Path, files: Mapping[str, StoredTensor], arch: Architecture, family: ModuleType) -> str:
-    """Accounts for every tensor; returns the prefix of the text model's names."""
+def check_tensors(directory: Path, files: Mapping[str, StoredTensor], arch: Architecture, family: ModuleType) -> str:
+    """Accounts for every tensor, from the files' headers; returns the prefix of the text model's names.
+
+    Raises:
+      UserError: listing every tensor that is missing, unexpected or of another shape.
+    """
     prefix = family.text_prefix(files.keys())
     if prefix is None:
         raise UserError(f"{directory} holds no embed_tokens.weight under {', '.join(family.TEXT_PREFIXES)}")
     expected = family.tensor_shapes(arch, prefix)
-    tied = {name for name in files if name.endswith("lm_head.weight")}  # a second copy of the embedding, if written
+    tied = {name for name in files if family.is_tied_head(name)}  # a second copy of the embedding, if written
     unexpected = [n for n in files if n not in expected and n not in tied and not family.is_left_out(n)]
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in files]
     problems += [f"unexpected {name:.200} {list(files[name].shape)}" for name in sorted(unexpected)]

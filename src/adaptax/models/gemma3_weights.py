@@ -292,6 +292,11 @@ def is_left_out(name: str) -> bool:
     return name.removeprefix("model.").startswith(VISION_PREFIXES)
 
 
+def is_tied_head(name: str) -> bool:
+    """Whether a tensor is a second copy of the embedding, which some checkpoints have."""
+    return name.endswith("lm_head.weight")
+
+
 def peft_module_prefix(arch: Architecture) -> str:
     """Where transformers keeps the text model's layers, as PEFT spells it."""
     return "model.language_model." if arch.is_multimodal else "model."

@@ -7,15 +7,32 @@ from pathlib import Path
 from adaptax.config import UserError
 
 SMALL_FILES = ("config.json", "tokenizer.model")
-HUB_FILES = (*SMALL_FILES, "*.safetensors", "*.safetensors.index.json")
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+HUB_FILES = (*SMALL_FILES, *_WEIGHTS)
+# What a merged checkpoint takes from its base as it is; programs and pickles are never among it.
+CARRIED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+EXPORT_FILES = (*CARRIED_FILES, *_WEIGHTS)
 _QUICKSTART = "python run_training.py +experiment=quickstart runs without a download"
 
 
 def fetch_files(source: str, patterns: tuple[str, ...] = HUB_FILES) -> Path | None:
     """The directory of a source: itself, or the hub's snapshot (downloaded, or cached). None for ``random``.
 
-    ``patterns`` are the files that are fetched; ``SMALL_FILES`` are enough to look at the model and the data. The token
-    is read from the environment (``HF_TOKEN``) or the hub's own login; ``HF_HUB_OFFLINE`` is honoured.
+    ``patterns`` are the files that are fetched: ``SMALL_FILES`` are enough to look at the model and the data,
+    ``EXPORT_FILES`` are all that a merged checkpoint is made of. The token is read from the environment (``HF_TOKEN``)
+    or the hub's own login; ``HF_HUB_OFFLINE`` is honoured.
 
     Raises:
       UserError: the hub does not hand it out.

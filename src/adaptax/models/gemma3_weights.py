@@ -91,6 +91,17 @@ LINEARS: dict[str, Linear] = {
     "mlp/down_proj": Linear(("mlp.down_proj",), "F", "D"),
 }
 
+GGUF_ARCHITECTURE = "gemma3"
+GGUF_NAMES = {  # a layer's tensors, as llama.cpp calls them
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
 NORMS: dict[str, tuple[str, str]] = {  # path within a layer -> tensor name, axis
     "pre_attention_norm": ("input_layernorm", "D"),
     "post_attention_norm": ("post_attention_layernorm", "D"),

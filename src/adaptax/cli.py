@@ -15,27 +15,37 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from adaptax.compose import COMMANDS, check_arguments, explain, find_conf, find_run_folder, given_keys, teach_hydra
-from adaptax.config import Config, UserError, build, check_divisible, check_training
+from adaptax.checking import read_config
+from adaptax.compose import (
+    COMMANDS,
+    check_arguments,
+    explain,
+    find_conf,
+    find_run_folder,
+    given_keys,
+    teach_hydra,
+    to_plain,
+)
+from adaptax.config import Config, UserError
 from adaptax.manifest import list_checkpoints
-from adaptax.models import find_architecture, find_family, match_modules
-from adaptax.redact import SecretFilter, check_no_secrets, redact
+from adaptax.redact import redact
 from adaptax.resume import Start, bring_config, find_start, how_to_resume, join_start, share_start
 from adaptax.resume import read_config as read_saved_config
 from adaptax.run_folder import RunFolder
 from adaptax.signals import Interrupted, StopSignals
+from adaptax.subcommands import as_line, build_job, fail, log_to_terminal, open_mesh
 
 log = logging.getLogger(__name__)
 NO_FOLDER = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=console"]  # no log file either
@@ -58,10 +68,11 @@ def main() -> None:
         elif command == "verify-resume":
             _verify_resume()
         else:
-            job = {"preview": _preview_job, "plan": _plan_job}.get(command, lambda: _train)()
-            _run_hydra(job, NO_FOLDER if command in ("preview", "plan") else [])
+            jobs = {"preview": _preview_job, "plan": _plan_job, "train": lambda: _train}
+            job = jobs[command]() if command in jobs else build_job(command)
+            _run_hydra(job, [] if command == "train" else NO_FOLDER)
     except UserError as error:
-        _fail(str(error))
+        fail(str(error))
     except Interrupted as interrupted:
         sys.exit(128 + interrupted.number)
     except KeyboardInterrupt:
@@ -79,13 +90,13 @@ def _run_hydra(job: Callable[[DictConfig], Any], added: list[str]) -> None:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         if any(frame.f_code is job.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
             raise  # the run's own fault: the traceback is wanted
-        _fail(explain(error))
+        fail(explain(error))
 
 
 def _train(cfg: DictConfig) -> float:
     """One job: the configuration as dataclasses, checked without jax, then the run."""
     try:
-        config = read_config(bring_config(_plain(cfg), given_keys()))
+        config = read_config(bring_config(to_plain(cfg), given_keys()), given_keys())
         folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
         with StopSignals(config.checkpoint.grace_seconds) as stop, contextlib.ExitStack() as stack:
             try:
@@ -104,7 +115,7 @@ def _train(cfg: DictConfig) -> float:
             if not is_ours:
                 raise
             _record(message)
-            _fail(message)
+            fail(message)
         if not is_ours:
             print(redact(traceback.format_exc()), file=sys.stderr)
         traceback.clear_frames(error.__traceback__)  # the sweep goes on, without this job's arrays
@@ -138,19 +149,11 @@ def _start(config: Config, folder: RunFolder, stop: StopSignals, stack: contextl
         return float(start.summary["final_loss"])
     if is_first and not start.checkpoints:  # a run that is resumed may yet be refused, for its rows or weights
         folder.begin(dataclasses.asdict(start.config))
-    device_mesh = _open_mesh(start.config)
+    device_mesh = open_mesh(start.config)
 
     from adaptax import train
 
     return train.run(start, device_mesh, folder, stop)
-
-
-def _open_mesh(config: Config) -> Any:
-    """The devices of a run, and the programs that were compiled for such before."""
-    from adaptax import mesh, program_cache
-
-    program_cache.keep_programs(config.training.compile_cache_gib)
-    return mesh.build_mesh(config.model.mesh_shape)
 
 
 def _leave_others(stop: StopSignals, kind: object, error: BaseException | None, trace: object) -> None:
@@ -159,7 +162,7 @@ def _leave_others(stop: StopSignals, kind: object, error: BaseException | None, 
         return
     if isinstance(error, UserError):
         _record(str(error))
-        print(f"error: {_as_line(str(error))}", file=sys.stderr)
+        print(f"error: {as_line(str(error))}", file=sys.stderr)
     elif isinstance(error, Exception):
         print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
     logging.shutdown()
@@ -208,7 +211,7 @@ def _replay() -> None:
     parser.add_argument("run", type=Path, help="the run's folder: outputs/NAME/DATE/TIME")
     parser.add_argument("--step", type=int, help="which step (default: the first one that was written down)")
     options = parser.parse_args()
-    _log_to_terminal()
+    log_to_terminal()
     values = read_saved_config(RunFolder(options.run))
     if values is None:
         raise UserError(f"{options.run} is no run's folder: it has no config.yaml")
@@ -216,7 +219,7 @@ def _replay() -> None:
 
     from adaptax import replay
 
-    replay.replay(config, _open_mesh(config), RunFolder(options.run), options.step)
+    replay.replay(config, open_mesh(config), RunFolder(options.run), options.step)
 
 
 def _verify_resume() -> None:
@@ -237,15 +240,6 @@ def _verify_resume() -> None:
     check_arguments(overrides)
     at = options.steps // 2 if options.at is None else options.at
     sys.exit(0 if verify_resume(overrides, options.steps, at) else 1)
-
-
-def _log_to_terminal() -> None:
-    """What Hydra does for a run: the messages of this package, as they are."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.addFilter(SecretFilter())
-    logging.getLogger().addHandler(handler)
-    logging.getLogger("adaptax").setLevel(logging.INFO)
 
 
 def _preview_job() -> Callable[[DictConfig], None]:
@@ -269,9 +263,11 @@ def _preview_job() -> Callable[[DictConfig], None]:
         from adaptax import preview
 
         try:
-            preview.preview(read_config(_plain(cfg)), preview.check_samples(options.rows), options.html, command)
+            preview.preview(
+                read_config(to_plain(cfg), given_keys()), preview.check_samples(options.rows), options.html, command
+            )
         except UserError as error:
-            _fail(str(error))
+            fail(str(error))
 
     return job
 
@@ -292,20 +288,16 @@ def _plan_job() -> Callable[[DictConfig], None]:
 
     def job(cfg: DictConfig) -> None:
         try:
-            config = read_config(_plain(cfg))
+            config = read_config(to_plain(cfg), given_keys())
 
             from adaptax import plan
 
-            fits = plan.plan(config, _open_mesh(config))
+            fits = plan.plan(config, open_mesh(config))
         except UserError as error:
-            _fail(str(error))
+            fail(str(error))
         sys.exit(0 if fits else 1)
 
     return job
-
-
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
 def _process_number() -> int:
@@ -317,34 +309,6 @@ def _process_number() -> int:
 
 def _is_alone() -> bool:
     return "JAX_COORDINATOR_ADDRESS" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) <= 1
-
-
-def read_config(values: Mapping[str, Any]) -> Config:
-    """The configuration as dataclasses, checked as far as that goes without jax.
-
-    Raises:
-      UserError: naming what is wrong in it.
-    """
-    check_no_secrets(values)
-    config = build(values)
-    check_training(config)
-    check_model(config)
-    check_data(config)
-    return config
-
-
-def check_model(config: Config) -> None:
-    """Everything about the model that can be found wrong before jax is imported and weights are fetched."""
-    family, arch = find_family(config.model.model_family), find_architecture(config.model)
-    match_modules(config.model, arch)
-    check_divisible(family.checkpoint.axis_sizes(arch), config.model.mesh_shape)
-
-
-def check_data(config: Config) -> None:
-    """Everything about the data that can be found wrong before a row is read."""
-    from adaptax.data import catalog  # brings numpy and sentencepiece, which --help does without
-
-    catalog.check_sources(config)
 
 
 def _show_unraisable(unraisable: Any) -> None:
@@ -359,13 +323,3 @@ def _record(message: str) -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):
             handler.emit(record)
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {_as_line(message)}", file=sys.stderr)
-    sys.exit(1)
-
-
-def _as_line(message: str) -> str:
-    line = " ".join(redact(message).split())  # a name out of a file may hold what steers a terminal
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

@@ -146,6 +146,11 @@ def _quote(key: str, text: str) -> str:
     return f"{key}='{text}'"
 
 
+def to_plain(cfg: DictConfig) -> dict[str, Any]:
+    """The values of a composed configuration."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
 def given_keys() -> list[str]:
     """The keys and groups that were given on the command line; all groups, where an experiment was."""
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))

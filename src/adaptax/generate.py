@@ -157,11 +157,10 @@ class Generator:
         first_row: int,
     ) -> Decoding:
         """Runs all but the last token of every prompt."""
-        size, num_rows = self.piece_tokens, self._round_rows(len(prompts))
+        size, num_rows = self.piece_tokens, self.round_rows(len(prompts))
         lengths = [len(prompt) - 1 for prompt in prompts]
         num_pieces = -(-max(lengths) // size)
-        width = num_pieces * size
-        capacity = max(SMALLEST_CAPACITY, 1 << (width + max_new_tokens - 1).bit_length())
+        width, capacity = num_pieces * size, self.capacity(max(lengths) + 1, max_new_tokens)
         tokens, starts = np.full((num_rows, width), PAD, np.int32), np.full(num_rows, width, np.int32)
         last = np.full(num_rows, PAD, np.int32)
         for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
@@ -179,9 +178,7 @@ class Generator:
             self.rates.prompt_seconds += time.monotonic() - began
         return replace(state, cache=cache)
 
-    def _advance(
-        self, base: Arrays, adapters: Arrays, state: Decoding, sampling: Sampling, num_steps: int
-    ) -> Decoding:
+    def _advance(self, base: Arrays, adapters: Arrays, state: Decoding, sampling: Sampling, num_steps: int) -> Decoding:
         """Up to ``num_steps`` more tokens of every row that has not ended."""
         is_new, began = self._is_new("decode", *state.written_BS.shape), time.monotonic()
         before = int(np.asarray(state.counts_B).sum())
@@ -197,7 +194,12 @@ class Generator:
         is_new, _ = what not in self._seen, self._seen.add(what)
         return is_new
 
-    def _round_rows(self, num_rows: int) -> int:
+    def capacity(self, prompt_tokens: int, max_new_tokens: int) -> int:
+        """Tokens of a row that the cache is made for: few sizes, as each is compiled for."""
+        width = -(-(prompt_tokens - 1) // self.piece_tokens) * self.piece_tokens
+        return max(SMALLEST_CAPACITY, 1 << (width + max_new_tokens - 1).bit_length())
+
+    def round_rows(self, num_rows: int) -> int:
         """Rows as the mesh divides them. CPUs multiply a single row of bfloat16 ten times slower than two."""
         least = 2 if self._platform == "cpu" and self.program.dtype == jnp.bfloat16 else 1
         fsdp = self.program.mesh.shape["fsdp"]

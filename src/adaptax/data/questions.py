@@ -101,3 +101,12 @@ def batches(questions: Iterator[Question], size: int) -> Iterator[list[Question]
     """The questions, some at a time."""
     while batch := list(itertools.islice(questions, size)):
         yield batch
+
+
+def count_questions(path: str) -> int:
+    """Rows of a file of questions.
+
+    Raises:
+      UserError: it is not there, or is none.
+    """
+    return sum(len(open_rows(unit)) for unit in find_units(path))

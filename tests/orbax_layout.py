@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in Google's own layout, converted in plain numpy and written with Orbax's older interfaces."""
+"""Hugging Face checkpoints in Google's own layout: converted in plain numpy, written by Orbax's older interfaces."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     with safe_open(directory / "model.safetensors", "numpy") as file:
         for name in file.keys():  # noqa: SIM118
             if "vision" not in name and "projector" not in name and not name.startswith("lm_head"):
-                tensors[name.removeprefix("model.").removeprefix("language_model.")] = file.get_tensor(name)
+                bare = name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+                tensors[bare] = file.get_tensor(name)
     return tensors
 
 
@@ -28,9 +29,7 @@ def convert(directory: Path, dtype: Any = np.float32) -> Tree:
     """The flat tree that Google publishes: ``{"transformer/layer_0/attn/q_einsum": {"w": array}}``."""
     config = json.loads((directory / "config.json").read_text())
     config = config.get("text_config", config)
-    num_heads, num_kv_heads, size = (
-        config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim")
-    )
+    num_heads, num_kv_heads, size = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     tensors = {name: array.astype(dtype) for name, array in read_tensors(directory).items()}
     tree = {"transformer/embedder": {"input_embedding": tensors["embed_tokens.weight"]}}
     tree["transformer/final_norm"] = {"scale": tensors["norm.weight"]}

@@ -109,7 +109,7 @@ def list_arrays(folder: Path, spell: Callable[[str], str]) -> dict[str, StoredAr
 
 
 def _describe(path: Path, name: str, store: Any) -> StoredArray:
-    shape, chunk = tuple(store.shape), store.chunk_layout.write_chunk.shape
+    shape, chunk = tuple(store.shape), store.chunk_layout.write_chunk.shape or ()  # a number has none
     if any(part > max(whole, 1) for part, whole in zip(chunk, shape, strict=True)):
         raise ValueError(f"{name:.200} {list(shape)} has chunks of {list(chunk)}")  # each is decompressed as a whole
     dtype = str(store.dtype.name)

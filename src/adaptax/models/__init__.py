@@ -72,7 +72,7 @@ def find_architecture(config: ModelConfig, directory: Path | None = None) -> Arc
     directory = directory or Path(source).expanduser()
     if source == "random" or not directory.is_dir():
         if config.model_size == "auto":
-            raise UserError(f"model.model_size=auto needs a directory with config.json; model.weights={source} is none")
+            raise UserError(f"model.model_size=auto needs a checkpoint in a directory; model.weights={source} is none")
         return checkpoint.SIZES[config.model_size]
     from adaptax.orbax_files import find_checkpoint  # brings numpy, which --help does without
 

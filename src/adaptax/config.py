@@ -22,7 +22,7 @@ class ModelConfig:
     model_family: str = knob("Architecture family, a key of ``adaptax.models.FAMILIES``: ``gemma3``.")
     model_size: str = knob(
         "Size within the family: ``270m``, ``1b``, ``4b``, ``12b``, ``27b``, ``tiny``, or ``auto`` to take the "
-        "architecture from the ``config.json`` beside the weights."
+        "architecture from the ``config.json`` beside the weights, or from an Orbax checkpoint's arrays."
     )
     lora_rank: int = knob("Rank of the LoRA matrices; 4 to 128 is usual.", minimum=1)
     lora_alpha: Optional[float] = knob(
@@ -34,8 +34,8 @@ class ModelConfig:
     mesh_shape: Any = knob('``[[fsdp, tp], ["fsdp", "tp"]]``: devices for sharded data and for tensor parallelism.')
     lora_dropout: float = knob("Dropout on the adapters' input, in training only.", minimum=0, maximum=0.99)
     weights: Optional[str] = knob(
-        "Base weights: a directory of safetensors, a Hugging Face hub id, or ``random``; null means the size's own "
-        "(``google/gemma-3-1b-it`` for ``1b``)."
+        "Base weights: a directory of safetensors or with an Orbax checkpoint, a Hugging Face hub id, or ``random``; "
+        "null means the size's own (``google/gemma-3-1b-it`` for ``1b``)."
     )
     tokenizer: Optional[str] = knob("A sentencepiece ``tokenizer.model``; null means the one beside the weights.")
     dtype: str = knob(

@@ -77,7 +77,7 @@ def list_tensors(directory: Path) -> dict[str, StoredTensor]:
     """
     paths = _list_files(directory)
     if not paths:
-        raise UserError(f"{directory} holds no *.safetensors file")
+        raise UserError(f"{directory} holds no *.safetensors file and no Orbax checkpoint")
     tensors = {}
     for path in paths:
         for name, tensor in list_file(path).items():

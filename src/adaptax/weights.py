@@ -1,4 +1,4 @@
-"""Base weights: where they come from, and the way from safetensors files to their stacked, sharded places."""
+"""Base weights: where they come from, and the way from safetensors or Orbax to their stacked, sharded places."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,10 +21,12 @@ from jax.sharding import Mesh
 
 from adaptax.mesh import partition
 from adaptax.models import Architecture
+from adaptax.orbax_files import StoredArray, find_checkpoint, list_arrays
 from adaptax.quantize import KINDS, find_kind, quantize, quantized_shapes
 from adaptax.schema import UserError
 from adaptax.tensor_files import DTYPES, PIECE_BYTES, StoredTensor, list_tensors
 
+Stored = StoredTensor | StoredArray
 READING_BYTES = 512 << 20  # that all threads may be at work on, so that host memory stays near the weights' own size
 MAX_READERS = 8
 
@@ -42,7 +45,7 @@ def describe_weights(
     are two arrays, as :mod:`adaptax.quantize` tells.
 
     Args:
-      directory: safetensors files; None for random weights.
+      directory: of safetensors files or an Orbax checkpoint; None for random weights.
       arch: the model's numbers.
       family: the family's checkpoint module, such as ``gemma3_weights``.
       mesh: where the arrays go.
@@ -54,7 +57,7 @@ def describe_weights(
     """
     sizes, files, prefix = family.axis_sizes(arch), {}, ""
     if directory is not None:
-        files = list_tensors(directory)
+        files = _list_stored(directory, family)
         prefix = check_tensors(directory, files, arch, family)
     described = {}
     for path, axes in family.parameter_axes(arch).items():
@@ -69,6 +72,11 @@ def describe_weights(
         for name, (shape, kind) in kept.items():
             described[name] = jax.ShapeDtypeStruct(shape, kind, sharding=partition(axes, shape, mesh))
     return described
+
+
+def _list_stored(directory: Path, family: ModuleType) -> dict[str, Stored]:
+    folder = find_checkpoint(directory)
+    return {**(list_tensors(directory) if folder is None else list_arrays(folder, family.spell_orbax))}
 
 
 def _num_in_axes(family: ModuleType, path: str) -> int:
@@ -89,7 +97,8 @@ def load_weights(
     Files are read by several threads. It may itself be called in a thread, while another one compiles: calls wait for
     each other. The last base stays in memory and is handed out again to the next job of a sweep that asks for the same.
     """
-    stamp = [(f.path, f.path.stat().st_mtime_ns) for f in list_tensors(directory).values()] if directory else seed
+    files = {file.path for file in _list_stored(directory, family).values()} if directory else set()
+    stamp = sorted((path, path.stat().st_mtime_ns) for path in files) if directory else seed
     key = str((directory, arch, stamp, described))
     with _loading:
         if key not in _last_base:
@@ -160,7 +169,7 @@ def _draw(
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
 
 
-def check_tensors(directory: Path, files: Mapping[str, StoredTensor], arch: Architecture, family: ModuleType) -> str:
+def check_tensors(directory: Path, files: Mapping[str, Stored], arch: Architecture, family: ModuleType) -> str:
     """Accounts for every tensor, from the files' headers; returns the prefix of the text model's names.
 
     Raises:
@@ -187,7 +196,7 @@ def check_tensors(directory: Path, files: Mapping[str, StoredTensor], arch: Arch
     return prefix
 
 
-def _check_tied_head(files: Mapping[str, StoredTensor], head: str, embedding: str) -> None:
+def _check_tied_head(files: Mapping[str, Stored], head: str, embedding: str) -> None:
     """Refuses a head that is not the embedding: it would be ignored, and another model trained."""
     a, b = files[head], files[embedding]
     if a.shape != b.shape or any(not np.array_equal(a.map(rows), b.map(rows)) for rows in a.split()):
@@ -198,19 +207,27 @@ def _read_weights(
     directory: Path, arch: Architecture, family: ModuleType, described: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
     """Every tensor is read once, whatever the mesh. One array after the other, by as many threads as there is room."""
-    files, sizes = list_tensors(directory), family.axis_sizes(arch)
+    files, sizes = _list_stored(directory, family), family.axis_sizes(arch)
     prefix = family.text_prefix(files.keys())
+    all_axes, sharing = family.parameter_axes(arch), {}
+    for path in all_axes:  # gate and up may be one tensor
+        sharing.setdefault(str(family.tensor_names(path, arch, prefix)), []).append(path)
     loaded: dict[str, jax.Array] = {}
-    for path, axes in sorted(family.parameter_axes(arch).items(), key=lambda item: -described[item[0]].size):
-        stored = [[files[name] for name in names] for names in family.tensor_names(path, arch, prefix)]
-        kind = find_kind(described, path)
-        arrays = {name: _Parts(described[name]) for name in ([path, f"{path}_{kind}"] if kind else [path])}
-        if axes.startswith("L"):
-            shape, num_in = tuple(sizes[axis] for axis in axes[1:]), _num_in_axes(family, path)
-            read = functools.partial(_read_layer, axes[1:], shape, num_in, kind, list(arrays.values()))
-            pieces, piece_bytes = list(enumerate(stored)), (16 if kind else 4) * math.prod(shape)
+    for paths in sorted(sharing.values(), key=lambda paths: -described[paths[0]].size):
+        stored = [[files[name] for name in names] for names in family.tensor_names(paths[0], arch, prefix)]
+        kinds = {path: find_kind(described, path) for path in paths}
+        arrays = {n: _Parts(described[n]) for p, kind in kinds.items() for n in ([p, f"{p}_{kind}"] if kind else [p])}
+        if all_axes[paths[0]].startswith("L"):
+            targets = []
+            for path, kind in kinds.items():
+                axes, num_in = all_axes[path][1:], _num_in_axes(family, path)
+                shape, parts = tuple(sizes[axis] for axis in axes), [arrays[path]]
+                parts += [arrays[f"{path}_{kind}"]] if kind else []
+                targets.append(_Target(axes, shape, family.stored_axes(path, prefix), num_in, kind, parts))
+            read = functools.partial(_read_layer, targets)
+            pieces, piece_bytes = list(enumerate(stored)), sum(target.working_bytes for target in targets)
         else:
-            read = functools.partial(_read_rows, array=arrays[path])
+            read = functools.partial(_read_rows, array=arrays[paths[0]])
             pieces, piece_bytes = [(rows, stored[0][0]) for rows in stored[0][0].split()], PIECE_BYTES
         num_readers = max(1, min(MAX_READERS, os.cpu_count() or 1, READING_BYTES // piece_bytes, len(pieces)))
         with ThreadPoolExecutor(num_readers, thread_name_prefix="weights") as readers:
@@ -219,28 +236,45 @@ def _read_weights(
     return loaded
 
 
-def _read_rows(rows: range, tensor: StoredTensor, array: _Parts) -> None:
+def _read_rows(rows: range, tensor: Stored, array: _Parts) -> None:
     """Rows of a tensor that is used as it is stored."""
     array.write(rows, tensor.map(rows))
 
 
-def _read_layer(
-    axes: str,
-    shape: tuple[int, ...],
-    num_in: int,
-    kind: str | None,
-    arrays: list[_Parts],
-    layer: int,
-    tensors: list[StoredTensor],
-) -> None:
-    """A layer's part of a stacked array, or of its values and scales where it is quantised."""
+@dataclass(frozen=True)
+class _Target:
+    """A stacked array that layers are read for, and how it comes from their tensors."""
+
+    axes: str  # of a layer
+    shape: tuple[int, ...]
+    stored_axes: str | None
+    num_in: int
+    kind: str | None  # how it is quantised
+    arrays: list[_Parts]  # it, or its values and scales
+
+    @property
+    def working_bytes(self) -> int:
+        """Of host memory while a layer is read, at most; a compressed one is there twice more."""
+        return ((16 if self.kind else 4) + (8 if self.stored_axes else 0)) * math.prod(self.shape)
+
+    def write(self, layer: int, parts: list[np.ndarray]) -> None:
+        """A layer of it."""
+        if self.stored_axes is not None:
+            pieces = [arrange(parts[0], self.stored_axes, self.axes)]
+        else:
+            pieces = [join_linear(parts, self.axes, self.shape) if self.num_in else parts[0]]
+        if self.kind is not None:
+            quantized = _quantize_on_host(pieces[0], self.num_in, self.kind)
+            pieces = [np.asarray(quantized.values), np.asarray(quantized.scales)]
+        for array, piece in zip(self.arrays, pieces, strict=True):
+            array.write(range(layer, layer + 1), piece[None])
+
+
+def _read_layer(targets: list[_Target], layer: int, tensors: list[Stored]) -> None:
+    """A layer's part of the stacked arrays that come from these tensors."""
     parts = [tensor.map() for tensor in tensors]
-    pieces = [join_linear(parts, axes, shape) if num_in else parts[0]]
-    if kind is not None:
-        quantized = _quantize_on_host(pieces[0], num_in, kind)
-        pieces = [np.asarray(quantized.values), np.asarray(quantized.scales)]
-    for array, piece in zip(arrays, pieces, strict=True):
-        array.write(range(layer, layer + 1), piece[None])
+    for target in targets:
+        target.write(layer, parts)
 
 
 def _quantize_on_host(weight: np.ndarray, num_in: int, kind: str) -> Any:
@@ -285,6 +319,15 @@ class _Parts:
         """The array on the mesh; the CPU backend takes the buffers over without a copy."""
         fill: Callable[..., np.ndarray] = lambda index: self._buffers[self._bounds(index)]  # noqa: E731
         return jax.make_array_from_callback(self.leaf.shape, self.leaf.sharding, fill)
+
+
+def arrange(stored: np.ndarray, stored_axes: str, axes: str) -> np.ndarray:
+    """An array of an Orbax checkpoint with its axes in another order; a leading digit is a place on the first one."""
+    if stored_axes[0].isdigit():
+        stored, stored_axes = stored[int(stored_axes[0])], stored_axes[1:]
+    if stored_axes == axes or len(axes) == 2:
+        return stored if stored_axes == axes else _transpose(stored)
+    return np.ascontiguousarray(stored.transpose([stored_axes.index(axis) for axis in axes]))
 
 
 def join_linear(parts: list[np.ndarray], axes: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 import sentencepiece
 
 from adaptax.config import Config, UserError, locate
+from adaptax.models.hub import find_file
 
 log = logging.getLogger(__name__)
 PAD, EOS, BOS, UNK = 0, 1, 2, 3
@@ -147,7 +148,7 @@ def open_tokenizer(config: Config, weights_directory: Path | None, vocab_size: i
     Raises:
       UserError: there is none, it is not Gemma 3's, or not the one that the model was trained with.
     """
-    beside = weights_directory / "tokenizer.model" if weights_directory else None
+    beside = find_file(weights_directory, "tokenizer.model") if weights_directory else None
     path = locate(config.model.tokenizer) if config.model.tokenizer else beside
     if path is None:
         raise UserError("model.weights=random has no tokenizer beside it: set model.tokenizer=FILE")

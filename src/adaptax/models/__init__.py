@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 from adaptax.config import ModelConfig, UserError, locate
 from adaptax.models import gemma3_weights
 from adaptax.models.gemma3_weights import Architecture
+from adaptax.models.hub import find_file
 from adaptax.schema import one_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -56,40 +58,79 @@ def find_source(config: ModelConfig) -> str:
 def find_architecture(config: ModelConfig, directory: Path | None = None) -> Architecture:
     """The numbers of the model: those of ``model_size``, completed by ``config.json`` where the weights are at hand.
 
+    An Orbax checkpoint needs none: its arrays tell which size it is, and how many rows its vocabulary has.
+
     Args:
       config: the model's configuration.
       directory: where the weights lie, if they were fetched; else a local ``model.weights`` is looked at.
 
     Raises:
-      UserError: ``config.json`` contradicts ``model_size``.
+      UserError: ``config.json`` or the arrays contradict ``model_size``.
     """
     source = find_source(config)
     checkpoint = find_family(config.model_family).checkpoint
     directory = directory or Path(source).expanduser()
     if source == "random" or not directory.is_dir():
         if config.model_size == "auto":
-            raise UserError(f"model.model_size=auto needs a directory with config.json; model.weights={source} is none")
+            raise UserError(f"model.model_size=auto needs a checkpoint in a directory; model.weights={source} is none")
         return checkpoint.SIZES[config.model_size]
-    path = directory / "config.json"
-    try:
-        found = checkpoint.read_architecture(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: model.weights must be a Hugging Face checkpoint directory") from None
-    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is not a valid config.json: {error}") from None
+    from adaptax.orbax_files import find_checkpoint  # brings numpy, which --help does without
+
+    path, folder = find_file(directory, "config.json"), find_checkpoint(directory)
+    if folder is not None:
+        return _find_in_arrays(config, checkpoint, folder, path)
+    found = _read_config(checkpoint, path)
     if config.model_size != "auto":
-        _check_size(checkpoint.SIZES[config.model_size], found, config.model_size, path)
+        _check_size(checkpoint.SIZES[config.model_size], vars(found), config.model_size, path)
     return found
 
 
-def _check_size(expected: Architecture, found: Architecture, size: str, path: Path) -> None:
-    names = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
-    wrong = [
-        f"{n} {getattr(found, n)} (not {getattr(expected, n)})"
-        for n in names
-        if getattr(found, n) != getattr(expected, n)
-    ]
-    if wrong:
+def _read_config(checkpoint: ModuleType, path: Path) -> Architecture:
+    try:
+        return checkpoint.read_architecture(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        kinds = "a Hugging Face checkpoint's directory, or hold an Orbax checkpoint"
+        raise UserError(f"{path} is missing: model.weights must be {kinds}") from None
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not a valid config.json: {error}") from None
+
+
+def _find_in_arrays(config: ModelConfig, checkpoint: ModuleType, folder: Path, path: Path) -> Architecture:
+    """The size that an Orbax checkpoint's arrays have, or what a ``config.json`` beside them says."""
+    from adaptax.orbax_files import list_arrays
+
+    arrays = list_arrays(folder, checkpoint.spell_orbax)
+    measured = checkpoint.measure_orbax({name: array.shape for name, array in arrays.items()})
+    if measured is None:
+        raise UserError(f"{folder} is an Orbax checkpoint, but not of a Gemma 3 as Google publishes them")
+    size = config.model_size
+    if size != "auto":
+        _check_size(checkpoint.SIZES[size], measured, size, folder)
+    if path.exists():
+        found = _read_config(checkpoint, path)
+    elif size != "auto":
+        found = checkpoint.SIZES[size]
+    else:
+        fitting = [size for size, arch in checkpoint.SIZES.items() if not _compare(arch, measured)]
+        if not fitting:
+            numbers = ", ".join(f"{name} {measured[name]}" for name in _COMPARED)
+            fix = "name model.model_size, or put its config.json beside it"
+            raise UserError(f"{folder} is none of {', '.join(checkpoint.SIZES)}: it has {numbers}; {fix}")
+        found = checkpoint.SIZES[fitting[0]]
+    return replace(found, vocab_size=measured["vocab_size"])
+
+
+_COMPARED = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
+
+
+def _compare(expected: Architecture, found: Mapping[str, int]) -> list[str]:
+    """What is found to be different."""
+    wanted = vars(expected)
+    return [f"{n} {found[n]} (not {wanted[n]})" for n in _COMPARED if found[n] != wanted[n]]
+
+
+def _check_size(expected: Architecture, found: Mapping[str, int], size: str, path: Path) -> None:
+    if wrong := _compare(expected, found):
         raise UserError(f"{path} is not a {size}: it has {', '.join(wrong)}; model.model_size=auto takes what it has")
 
 

@@ -5,6 +5,7 @@ Numbers: the published ``config.json`` of each size; defaults of absent values: 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,8 +113,32 @@ NORMS: dict[str, tuple[str, str]] = {  # path within a layer -> tensor name, axi
 }
 
 EMBEDDING, FINAL_NORM = "embedder/embedding", "final_norm/scale"
-VISION_PREFIXES = ("vision_tower.", "multi_modal_projector.")  # left out: text is all that is trained
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+# Left out: text is all that is trained. In Orbax checkpoints also what a trainer saved beside the parameters.
+LEFT_OUT = ("vision_tower.", "multi_modal_projector.", "SigLiPFromPatches_0/", "vision_encoder/")
+LEFT_OUT += ("transformer/embedder/mm_", "opt_state/", "collections/")
+
+# Google's own layout, in Orbax checkpoints: parameter -> name there, {} being the layer, and its axes. A digit is the
+# place on a first axis that several parameters share.
+_LAYER = "transformer/layer_{}/"
+ORBAX: dict[str, tuple[str, str]] = {
+    EMBEDDING: ("transformer/embedder/input_embedding", "VD"),
+    FINAL_NORM: ("transformer/final_norm/scale", "D"),
+    "layers/pre_attention_norm/scale": (f"{_LAYER}pre_attention_norm/scale", "D"),
+    "layers/post_attention_norm/scale": (f"{_LAYER}post_attention_norm/scale", "D"),
+    "layers/pre_ffw_norm/scale": (f"{_LAYER}pre_ffw_norm/scale", "D"),
+    "layers/post_ffw_norm/scale": (f"{_LAYER}post_ffw_norm/scale", "D"),
+    "layers/attn/query_norm/scale": (f"{_LAYER}attn/_query_norm/scale", "H"),
+    "layers/attn/key_norm/scale": (f"{_LAYER}attn/_key_norm/scale", "H"),
+    "layers/attn/q_einsum/w": (f"{_LAYER}attn/q_einsum/w", "NDH"),
+    "layers/attn/kv_einsum/w": (f"{_LAYER}attn/kv_einsum/w", "CKDH"),
+    "layers/attn/attn_vec_einsum/w": (f"{_LAYER}attn/attn_vec_einsum/w", "NHD"),
+    "layers/mlp/gate_proj/w": (f"{_LAYER}mlp/gating_einsum/w", "0FD"),
+    "layers/mlp/up_proj/w": (f"{_LAYER}mlp/gating_einsum/w", "1FD"),
+    "layers/mlp/down_proj/w": (f"{_LAYER}mlp/linear/w", "FD"),
+}
+ORBAX_PREFIX = "transformer/"
+ORBAX_VOCAB_SIZE = 262_144  # Hugging Face's files of 4b and up have 64 rows more, for images
 
 
 def axis_sizes(arch: Architecture) -> dict[str, int]:
@@ -128,13 +153,18 @@ def module_paths(arch: Architecture) -> list[str]:
 
 
 def text_prefix(names: Mapping[str, Any] | set[str]) -> str | None:
-    """The part of the tensor names before ``embed_tokens``: which of the three layouts this checkpoint has."""
+    """The part of the names of all tensors that are read: which of the four layouts this checkpoint has."""
+    if ORBAX[EMBEDDING][0] in names:
+        return ORBAX_PREFIX
     return next((prefix for prefix in TEXT_PREFIXES if f"{prefix}embed_tokens.weight" in names), None)
 
 
 def tensor_shapes(arch: Architecture, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint must hold, with its shape (linear weights are [out, in])."""
+    """Every tensor that a checkpoint must hold, with its shape (linear weights are [out, in], but in ``ORBAX``)."""
     sizes = axis_sizes(arch)
+    if prefix == ORBAX_PREFIX:
+        rows = [(name.format(i), axes) for name, axes in ORBAX.values() for i in range(arch.num_layers)]
+        return {name: tuple(sizes["C"] if axis.isdigit() else sizes[axis] for axis in axes) for name, axes in rows}
     shapes: dict[str, tuple[int, ...]] = {
         f"{prefix}embed_tokens.weight": (arch.vocab_size, arch.embed_dim),
         f"{prefix}norm.weight": (arch.embed_dim,),
@@ -289,6 +319,9 @@ def attention_windows(arch: Architecture) -> tuple[int | None, ...]:
 
 def tensor_names(path: str, arch: Architecture, prefix: str) -> list[list[str]]:
     """The checkpoint tensors behind a parameter: one list per layer (a single one for unstacked parameters)."""
+    if prefix == ORBAX_PREFIX:
+        name = ORBAX[path][0]
+        return [[name.format(i)] for i in range(arch.num_layers)] if path.startswith("layers/") else [[name]]
     if path == EMBEDDING:
         return [[f"{prefix}embed_tokens.weight"]]
     if path == FINAL_NORM:
@@ -298,9 +331,41 @@ def tensor_names(path: str, arch: Architecture, prefix: str) -> list[list[str]]:
     return [[f"{prefix}layers.{i}.{name}.weight" for name in names] for i in range(arch.num_layers)]
 
 
+def stored_axes(path: str, prefix: str) -> str | None:
+    """Axes of a parameter's tensor in a layer by ``ORBAX``; None where its tensors are those of ``LINEARS``."""
+    return ORBAX[path][1] if prefix == ORBAX_PREFIX else None
+
+
+def spell_orbax(name: str) -> str:
+    """The name in ``ORBAX`` of an array in a checkpoint: flat or nested, with ``params`` or without ``transformer``."""
+    name = name.removeprefix("params/")
+    bare = name.removeprefix(ORBAX_PREFIX)
+    if bare.startswith(("embedder/", "final_norm/", "layer_")):
+        name = ORBAX_PREFIX + bare
+    return f"{name}/w" if name.endswith(("/mlp/gating_einsum", "/mlp/linear")) else name
+
+
+def measure_orbax(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int] | None:
+    """The numbers of :class:`Architecture` that shapes tell, by its fields; None where they are not a Gemma's.
+
+    Args:
+      shapes: of a checkpoint's arrays, names as :func:`spell_orbax` spells them.
+    """
+    sizes: dict[str, int] = {}
+    for name, axes in ORBAX.values():
+        shape = shapes.get(name.format(0), ())
+        if len(shape) != len(axes):
+            return None
+        sizes |= dict(zip(axes, shape, strict=True))
+    layers = [match for name in shapes if (match := re.match(r"transformer/layer_(\d{1,4})/", name))]
+    sizes["L"] = 1 + max(int(match[1]) for match in layers)
+    fields = {"num_layers": "L", "embed_dim": "D", "mlp_dim": "F", "num_heads": "N", "num_kv_heads": "K"}
+    return {field: sizes[axis] for field, axis in (fields | {"head_dim": "H", "vocab_size": "V"}).items()}
+
+
 def is_left_out(name: str) -> bool:
     """Whether a tensor belongs to the vision tower, which is not trained and not loaded."""
-    return name.removeprefix("model.").startswith(VISION_PREFIXES)
+    return name == "step" or name.removeprefix("model.").startswith(LEFT_OUT)
 
 
 def is_tied_head(name: str) -> bool:

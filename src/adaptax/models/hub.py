@@ -43,6 +43,15 @@ def fetch_files(source: str, patterns: tuple[str, ...] = HUB_FILES) -> Path | No
     return directory if directory.is_dir() else _download(source, patterns)
 
 
+def find_file(directory: Path, name: str) -> Path:
+    """A small file of a model, whether it exists or not: in its directory, or beside an Orbax checkpoint's arrays."""
+    from adaptax.orbax_files import find_checkpoint  # brings numpy and tensorstore
+
+    path = directory / name
+    folder = None if path.exists() or not directory.is_dir() else find_checkpoint(directory)
+    return folder / name if folder is not None and (folder / name).exists() else path
+
+
 def _download(repo: str, patterns: tuple[str, ...]) -> Path:
     import huggingface_hub as hub  # slow to import, needed for hub ids alone
     from huggingface_hub import errors

@@ -73,13 +73,13 @@ def build_answer(
     whole = list(itertools.islice(answered_rows(data.examples), num_rows))
     if not whole:
         return lambda adapters: None
-    answers = Dataset(Examples.of([_only_answer(row, *span) for row, span in whole]))
+    answers = Dataset(Examples.of([_only_answer(row, *span) for _, row, span in whole]))
     program = generator.program
     longest = choose_buckets(answers.examples.lengths, 1)
     batches = BatchSource(answers, num_micro=1, batch_size=batch_size, buckets=longest, part=batch_part(program.mesh))
     score = build_score(program)
-    prompts = [row.tokens[:start].tolist() for row, (start, _) in whole[:NUM_SHOWN]]
-    expected = [row.tokens[start : stop - 1].tolist() for row, (start, stop) in whole[:NUM_SHOWN]]
+    prompts = [row.tokens[:start].tolist() for _, row, (start, _) in whole[:NUM_SHOWN]]
+    expected = [row.tokens[start : stop - 1].tolist() for _, row, (start, stop) in whole[:NUM_SHOWN]]
     max_new_tokens = min(max(map(len, expected)) * 5 // 4 + 1, MAX_SHOWN_TOKENS)
 
     def answer(adapters: Arrays) -> Answers:
@@ -93,12 +93,12 @@ def build_answer(
     return answer
 
 
-def answered_rows(examples: Iterable[Example]) -> Iterator[tuple[Example, tuple[int, int]]]:
-    """The rows that have a last answer, whole, and where it stands in them."""
-    for row in examples:
+def answered_rows(examples: Iterable[Example]) -> Iterator[tuple[int, Example, tuple[int, int]]]:
+    """The rows that have a last answer, whole: their numbers, themselves, and where it stands in them."""
+    for number, row in enumerate(examples):
         start, stop = answer_span(row)
         if start > 1 and row.tokens[stop - 1] == END_OF_TURN:
-            yield row, (start, stop)
+            yield number, row, (start, stop)
 
 
 def build_score(program: Program) -> Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array, jax.Array]]:

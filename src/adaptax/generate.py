@@ -108,6 +108,7 @@ class Generator:
         *,
         seed: int = 0,
         first_row: int = 0,
+        num_rows: int = 1,
     ) -> list[list[int]]:
         """The continuation of each prompt, up to the end of the turn, which is left out.
 
@@ -119,8 +120,9 @@ class Generator:
           sampling: how tokens are drawn.
           seed: of drawing, with each row's number.
           first_row: the number of the first prompt: its answer does not depend on the others in the batch.
+          num_rows: rows are filled up to so many, for which there is a program already.
         """
-        state = self._begin(base, adapters, prompts, max_new_tokens, seed, first_row)
+        state = self._begin(base, adapters, prompts, max_new_tokens, (seed, first_row), num_rows)
         state = self._advance(base, adapters, state, sampling, max_new_tokens)
         written, counts = np.asarray(state.written_BS), np.asarray(state.counts_B)
         return [written[i, : counts[i]].tolist() for i in range(len(prompts))]
@@ -136,7 +138,7 @@ class Generator:
         seed: int = 0,
     ) -> Iterator[int]:
         """The tokens of one answer, each as soon as it is there."""
-        state = self._begin(base, adapters, [prompt], max_new_tokens, seed, 0)
+        state = self._begin(base, adapters, [prompt], max_new_tokens, (seed, 0), 1)
         done = 0
         while done < max_new_tokens:
             state = self._advance(base, adapters, state, sampling, STREAM_TOKENS)
@@ -153,11 +155,11 @@ class Generator:
         adapters: Arrays,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        seed: int,
-        first_row: int,
+        draw: tuple[int, int],
+        num_rows: int,
     ) -> Decoding:
         """Runs all but the last token of every prompt."""
-        size, num_rows = self.piece_tokens, self.round_rows(len(prompts))
+        size, num_rows = self.piece_tokens, self.round_rows(max(num_rows, len(prompts)))
         lengths = [len(prompt) - 1 for prompt in prompts]
         num_pieces = -(-max(lengths) // size)
         width, capacity = num_pieces * size, self.capacity(max(lengths) + 1, max_new_tokens)
@@ -166,8 +168,8 @@ class Generator:
         for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             tokens[i, width - length :], starts[i], last[i] = prompt[:-1], width - length, prompt[-1]
         ended = np.arange(num_rows) >= len(prompts)
-        rows = np.arange(first_row, first_row + num_rows, dtype=np.uint32)
-        state = self._start(starts, last, ended, (np.uint32(seed), rows), capacity)
+        rows = np.arange(draw[1], draw[1] + num_rows, dtype=np.uint32)
+        state = self._start(starts, last, ended, (np.uint32(draw[0]), rows), capacity)
         cache, began = state.cache, time.monotonic()
         is_new = self._is_new("prefill", num_rows, capacity)
         for k in range(num_pieces):

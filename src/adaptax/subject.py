@@ -169,3 +169,13 @@ def find_adapter(run: Path | None, adapter: str | None) -> Path | None:
     if found != folder.adapter:
         log.warning("%s has not ended: %s is taken", folder.path, found)
     return found
+
+
+def check_new_file(name: str) -> Path:
+    """A file that can be written, and is not there yet."""
+    path = Path(name).expanduser()
+    if path.exists():
+        raise UserError(f"out={path} is there already: choose another name, or take it away")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"out={path}: the folder {path.parent} is not there")
+    return path

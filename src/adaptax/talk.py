@@ -20,7 +20,7 @@ from adaptax.generate import Generator
 from adaptax.lora import Arrays
 from adaptax.options import GenerateOptions
 from adaptax.sampling import read_sampling
-from adaptax.subject import Subject, open_subject
+from adaptax.subject import Subject, check_new_file, open_subject
 from adaptax.weights import take_apart
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,13 @@ class Speaker:
         config = self.config.generation
         settings = config.max_new_tokens, read_sampling(config)
         return self.generator.answer(
-            self.base, self.adapters, prompts, *settings, seed=config.seed, first_row=first_row
+            self.base,
+            self.adapters,
+            prompts,
+            *settings,
+            seed=config.seed,
+            first_row=first_row,
+            num_rows=config.batch_size,
         )
 
 
@@ -107,16 +113,6 @@ def check_out(options: GenerateOptions) -> Path | None:
     if (options.data is None) != (options.out is None):
         raise UserError("data=FILE and out=FILE go together: questions from one, answers to the other")
     return None if options.out is None else check_new_file(options.out)
-
-
-def check_new_file(name: str) -> Path:
-    """A file that can be written, and is not there yet."""
-    path = Path(name).expanduser()
-    if path.exists():
-        raise UserError(f"out={path} is there already: choose another name, or take it away")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"out={path}: the folder {path.parent} is not there")
-    return path
 
 
 def open_speaker(subject: Subject) -> Speaker:

@@ -41,9 +41,7 @@ def read_questions(config: DataConfig, path: str, tokenizer: Tokenizer) -> Itera
                 row = rows[i]
                 yield read_question(row, config.columns or {}, tokenizer)
             except UserError as error:
-                place = rows.place(i)
-                message = str(error)
-                raise UserError(message if message.startswith(place) else f"{place}: {message}") from None
+                raise UserError(f"{rows.name} row {rows.number(i)}: {error}") from None
 
 
 def read_question(row: Mapping[str, Any], names: Mapping[str, str], tokenizer: Tokenizer) -> Question:

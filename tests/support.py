@@ -39,6 +39,9 @@ def model_config(weights: Path | str | None, size: str = "auto", **changes: Any)
         "lora_module_path": ALL,
         "mesh_shape": [[1, 1], ["fsdp", "tp"]],
         "lora_dropout": 0.0,
+        "use_rslora": False,
+        "lora_rank_pattern": {},
+        "lora_alpha_pattern": {},
         "weights": None if weights is None else str(weights),
         "tokenizer": None,
         "dtype": "float32",
@@ -118,6 +121,7 @@ def optimizer_config(name: str = "adamw", learning_rate: float = 1e-3, **changes
         "eps": 1e-8,
         "momentum": None,
         "max_grad_norm": None,
+        "loraplus_lr_ratio": None,
     }
     return cfg.OptimizerConfig(name=name, learning_rate=learning_rate, **(values | changes))
 

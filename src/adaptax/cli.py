@@ -30,7 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from adaptax.compose import COMMANDS, check_arguments, explain, find_conf, find_run_folder, given_keys, teach_hydra
 from adaptax.config import Config, UserError, build, check_divisible, check_training
 from adaptax.manifest import list_checkpoints
-from adaptax.models import find_architecture, find_family, match_modules
+from adaptax.models import find_architecture, find_family, match_modules, match_patterns
 from adaptax.redact import SecretFilter, check_no_secrets, redact
 from adaptax.resume import Start, bring_config, find_start, how_to_resume, join_start, share_start
 from adaptax.resume import read_config as read_saved_config
@@ -336,7 +336,7 @@ def read_config(values: Mapping[str, Any]) -> Config:
 def check_model(config: Config) -> None:
     """Everything about the model that can be found wrong before jax is imported and weights are fetched."""
     family, arch = find_family(config.model.model_family), find_architecture(config.model)
-    match_modules(config.model, arch)
+    match_patterns(config.model, match_modules(config.model, arch))
     check_divisible(family.checkpoint.axis_sizes(arch), config.model.mesh_shape)
 
 

@@ -81,12 +81,12 @@ def read_patterns(value: str) -> Any:
 
     A text that is no mapping stays as it is.
     """
-    text = value.strip()
-    if not _MAPPING.fullmatch(text):
+    if not _MAPPING.fullmatch(value.strip()):
         return value
-    pairs = list(_PAIR.finditer(text, 1, len(text) - 1))
-    if "".join(pair[0] for pair in pairs) != text[1:-1].rstrip():
-        return value if text[1:-1].strip() else {}
+    text = value.strip()[1:-1].strip()
+    pairs = list(_PAIR.finditer(text))
+    if "".join(pair[0] for pair in pairs) != text:
+        return value
     return {pair[1].strip("\"'"): _read_value(pair[2]) for pair in pairs}
 
 

@@ -115,16 +115,14 @@ def test_a_module_starts_the_same_whatever_ranks_the_others_have() -> None:
             np.testing.assert_array_equal(mixed[path][place, :, :rank], a[0])
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])  # test_optim has the others, given such gradients
 def test_what_is_beyond_a_rank_stays_zero_in_training(name: str, base) -> None:
     layers = {"attn/kv_einsum": (4, 5), "mlp/down_proj": (4, 5)}
     ranks = {"layers/4/attn/kv_einsum": 2, "layers/5/mlp/down_proj": 130}  # adafactor factors from 128 on
     spec = support.mixed_spec(ARCH, layers=layers, ranks=ranks)
-    changes = {"momentum": 0.9} if name == "sgd" else {}
-    config = support.optimizer_config(name, 1e-2, weight_decay=0.1, loraplus_lr_ratio=8.0, **changes)
+    config = support.optimizer_config(name, 1e-2, weight_decay=0.1, loraplus_lr_ratio=8.0)
     trainer = support.Trainer(ARCH, base, spec, support.make_mesh(), config)
-    start = trainer.state.adapters
-    start = {path: np.asarray(array) for path, array in start.items()}
+    start = {path: np.asarray(array) for path, array in trainer.state.adapters.items()}
     for step in range(3):
         assert math.isfinite(trainer.run(support.random_batch(ARCH.vocab_size, (1, 2, 16), seed=step))["loss"])
     for path, array in trainer.state.adapters.items():
@@ -187,7 +185,6 @@ def base() -> dict[str, jax.Array]:
 SPECS = {
     "some layers": support.full_spec(ARCH, rank=4, alpha=6.0, layers={"attn/kv_einsum": (2, 4), "mlp/down_proj": (3,)}),
     "all": support.full_spec(ARCH, rank=4, alpha=6.0),
-    "rslora": support.full_spec(ARCH, rank=4, alpha=6.0, use_rslora=True),
     "mixed": support.mixed_spec(ARCH),
 }
 

@@ -68,6 +68,22 @@ def test_b_learns_at_a_multiple_of_the_rate_decay_included(name: str) -> None:
         np.testing.assert_array_equal(faster[path], factor * plain[path])
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 4), (2, 160, 256)])  # adafactor factors from 128 on
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+def test_what_is_zero_and_has_no_gradient_stays_zero(name: str, shape: tuple[int, ...]) -> None:
+    """As the rows of B beyond a module's rank."""
+    config = support.optimizer_config(name, 0.1, weight_decay=0.5, momentum=0.9, loraplus_lr_ratio=16.0)
+    rule, _ = build_optimizer(config, CONSTANT, 10)
+    is_used = np.arange(shape[1])[:, None] < np.array([3, shape[1]])[:, None, None]
+    params = {"w_lora_b": jnp.zeros(shape)}
+    state = rule.init(params)
+    for step in range(3):
+        grads = {"w_lora_b": jax.random.normal(jax.random.key(step), shape) * is_used * 10.0**step}
+        updates, state = rule.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(np.asarray(params["w_lora_b"]) != 0, np.broadcast_to(is_used, shape))
+
+
 def test_a_multiple_of_the_rate_is_a_parameter_group_of_torch() -> None:
     torch = pytest.importorskip("torch")
     config = support.optimizer_config("adamw", 0.01, weight_decay=0.3, loraplus_lr_ratio=16.0)

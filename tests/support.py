@@ -39,6 +39,9 @@ def model_config(weights: Path | str | None, size: str = "auto", **changes: Any)
         "lora_module_path": ALL,
         "mesh_shape": [[1, 1], ["fsdp", "tp"]],
         "lora_dropout": 0.0,
+        "use_rslora": False,
+        "lora_rank_pattern": {},
+        "lora_alpha_pattern": {},
         "weights": None if weights is None else str(weights),
         "tokenizer": None,
         "dtype": "float32",
@@ -69,6 +72,22 @@ def full_spec(arch: Architecture, rank: int = 8, alpha: float = 16.0, **changes:
     return LoraSpec(**({"layers": layers, "rank": rank, "alpha": alpha} | changes))
 
 
+def mixed_spec(arch: Architecture, **changes: Any) -> LoraSpec:
+    """Adapters that differ in layers, ranks and alphas within a kind and between kinds, scaled as rsLoRA does."""
+    layers = {"attn/kv_einsum": (2, 5), "attn/q_einsum": (5,), "mlp/down_proj": tuple(range(arch.num_layers))}
+    ranks = {"layers/5/attn/kv_einsum": 2, "layers/0/mlp/down_proj": 7, "layers/3/mlp/down_proj": 1}
+    alphas = {"layers/5/attn/kv_einsum": 9.0, "layers/3/mlp/down_proj": 5.0}
+    values = {"rank": 4, "alpha": 6.0, "use_rslora": True, "ranks": ranks, "alphas": alphas}
+    return LoraSpec(**({"layers": layers} | values | changes))
+
+
+def beyond_ranks(spec: LoraSpec, path: str) -> np.ndarray:
+    """Which columns of A or rows of B are beyond the ranks of their modules, [layers, 1, R] or [layers, R, 1]."""
+    kind, axis = path.removeprefix("layers/").rpartition("/")[0], 2 if path.endswith("_b") else 1
+    ranks = np.array([spec.rank_of(kind, layer) for layer in spec.layers[kind]])
+    return np.expand_dims(np.arange(spec.stacked_rank(kind)) >= ranks[:, None], axis)
+
+
 def make_program(arch: Architecture, spec: LoraSpec | None, mesh: Mesh, *, train: bool = True) -> Program:
     """What the steps close over, in float32."""
     return Program(build_model(FAMILY, arch, spec, mesh, train=train), spec, jnp.dtype(jnp.float32), mesh)
@@ -90,7 +109,8 @@ def random_adapters(arch: Architecture, spec: LoraSpec, mesh: Mesh, seed: int = 
     """Adapters with a B that is not zero, so that they do something."""
     adapters = init_adapters(FAMILY, arch, spec, mesh, seed)
     keys = dict(zip(adapters, jax.random.split(jax.random.key(seed + 1), len(adapters)), strict=True))
-    return {p: a + 0.05 * jax.random.normal(keys[p], a.shape) * p.endswith("_b") for p, a in adapters.items()}
+    noise = {p: 0.05 * jax.random.normal(keys[p], a.shape) * p.endswith("_b") for p, a in adapters.items()}
+    return {p: a + jnp.where(beyond_ranks(spec, p), 0.0, noise[p]) for p, a in adapters.items()}
 
 
 def random_batch(
@@ -119,6 +139,7 @@ def optimizer_config(name: str = "adamw", learning_rate: float = 1e-3, **changes
         "eps": 1e-8,
         "momentum": None,
         "max_grad_norm": None,
+        "loraplus_lr_ratio": None,
     }
     return cfg.OptimizerConfig(name=name, learning_rate=learning_rate, **(values | changes))
 

@@ -194,6 +194,23 @@ def test_show_the_configuration_from_a_foreign_folder(run: Callable[..., Answer]
     assert answer.seconds < LIMIT_SECONDS or run("--cfg", "job").seconds < LIMIT_SECONDS
 
 
+def test_patterns_are_swept_and_each_is_checked(run: Callable[..., Answer]) -> None:
+    """As a shell hands them over; those of the first job are good but for the last."""
+    patterns = r'{"layers/[^0]\d?/attn/.*": 8, "gone": 4},{".*mlp/.*": 2.5}'
+    answer = run("--multirun", f"model.lora_rank_pattern={patterns}", ROWS)
+    assert answer.code == 1
+    assert "Traceback" not in answer.err
+    assert "error in job 0: model.lora_rank_pattern: 'gone' matches no adapted module" in answer.err
+    assert "error in job 1: model.lora_rank_pattern: '.*mlp/.*' must have a whole number from 1, not 2.5" in answer.err
+    assert not answer.imported_jax
+
+
+def test_patterns_are_shown(run: Callable[..., Answer]) -> None:
+    answer = run('model.lora_rank_pattern={".*attn/.*": 8}', "--cfg", "job")
+    assert (answer.code, answer.err) == (0, "")
+    assert yaml.safe_load(answer.out)["model"]["lora_rank_pattern"] == {".*attn/.*": 8}
+
+
 def test_a_sweep_as_documented_runs_every_job(run: Callable[..., Answer]) -> None:
     """The specification's own order of words: the flag between the experiment and the ranks."""
     answer = run("+experiment=rank_sweep", "--multirun", "model.lora_rank=0,-1", ROWS)

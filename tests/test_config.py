@@ -100,6 +100,8 @@ def test_whole_number_where_a_number_is_due_becomes_one(values: Values) -> None:
         ("data.max_length", 8),
         ("schedule.final_fraction", 1.0),
         ("optimizer.max_grad_norm", None),
+        ("optimizer.loraplus_lr_ratio", None),
+        ("optimizer.loraplus_lr_ratio", 16.0),
         ("model.dtype", "bfloat16"),
     ],
 )
@@ -131,6 +133,7 @@ def test_edges_are_accepted(values: Values, path: str, value: Any) -> None:
         ("optimizer.beta2", -0.5, "at least 0, not -0.5"),
         ("optimizer.eps", 0.0, "more than 0, not 0.0"),
         ("optimizer.max_grad_norm", 0.0, "more than 0, not 0.0"),
+        ("optimizer.loraplus_lr_ratio", 0.0, "more than 0, not 0.0"),
         ("schedule.warmup_steps", -1, "at least 0, not -1"),
         ("schedule.final_fraction", 1.01, "at most 1, not 1.01"),
         ("training.micro_batch_size", 0, "at least 1, not 0"),
@@ -312,6 +315,42 @@ def test_bad_mesh_shapes(values: Values, shape: Any, words: str) -> None:
 def test_regex_that_does_not_compile(values: Values, pattern: str) -> None:
     put(values, "model.lora_module_path", pattern)
     assert refusal(values).startswith(f"model.lora_module_path={pattern!r} is not a regular expression: ")
+
+
+@pytest.mark.parametrize("key", ["model.lora_rank_pattern", "model.lora_alpha_pattern"])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (None, 'must be a mapping such as {".*attn/.*": 8}, not None'),
+        (8, 'must be a mapping such as {".*attn/.*": 8}, not 8'),
+        ("{a 8}", "must be a mapping such as {\".*attn/.*\": 8}, not '{a 8}'"),
+        ([8], 'must be a mapping such as {".*attn/.*": 8}, not [8]'),
+        ({"(": 8}, "'(' is not a regular expression: "),
+        ({0: 8}, "0 is not a regular expression; put it in quotes"),
+        ({"a": 0}, "'a' must have a {kind}, not 0"),
+        ({"a": -1}, "'a' must have a {kind}, not -1"),
+        ({"a": None}, "'a' must have a {kind}, not null"),
+        ({"a": True}, "'a' must have a {kind}, not True"),
+        ({"a": "8"}, "'a' must have a {kind}, not '8'"),
+        ({"a": math.nan}, "'a' must have a {kind}, not nan"),
+        ({"a": math.inf}, "'a' must have a {kind}, not inf"),
+    ],
+)
+def test_patterns_that_cannot_be(values: Values, key: str, value: Any, words: str) -> None:
+    put(values, key, value)
+    kind = "whole number from 1" if "rank" in key else "number above 0"
+    separator = " " if words.startswith("must") else ": "
+    assert refusal(values).startswith(key + separator + words.replace("{kind}", kind))
+
+
+def test_every_wrong_pattern_is_named_and_an_alpha_need_not_be_whole(values: Values) -> None:
+    patterns = {"a": 2.5, "b": 8, "[": 4}
+    put(values, "model.lora_rank_pattern", patterns)
+    put(values, "model.lora_alpha_pattern", {"a": 2.5, "b": 8})
+    told = refusal(values)
+    assert told.count("; ") == 1
+    assert "model.lora_rank_pattern: 'a' must have a whole number from 1, not 2.5" in told
+    assert "'[' is not a regular expression" in told
 
 
 SIZES = {"N": 8, "F": 96, "V": 1000, "D": 640}

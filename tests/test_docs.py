@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
-from adaptax import cli
+from adaptax import checking
 from adaptax.compose import COMMANDS as NAMES
 from adaptax.compose import check_arguments, find_conf, given_keys, teach_hydra
 from adaptax.config import build, key_paths
@@ -155,7 +155,7 @@ def test_documented_command_composes(arguments: list[str], folder: Path, monkeyp
         values["data"]["train"] = "chats.jsonl"  # showing a configuration needs no data
     config = build(values)
     if config.model.model_family in FAMILIES:  # newmodel stands for one that is yet to be written
-        cli.check_model(config)
+        checking.check_model(config)
 
 
 SWEEPS = [a for a in COMMANDS.values() if "--multirun" in a[1:]]

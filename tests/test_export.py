@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 import checkpoints
 import support
-from adaptax.export import save_peft_adapter
-from adaptax.lora import LoraSpec
+from adaptax.export import make_uniform, save_peft_adapter
+from adaptax.lora import LoraSpec, adapter_shapes
 from adaptax.models.gemma3_weights import LINEARS, SIZES
 
 
@@ -55,14 +55,21 @@ def test_an_adapter_that_is_there_already_is_replaced_whole(tmp_path: Path) -> N
 SUBSET = {"attn/kv_einsum": (2, 5), "attn/q_einsum": (5,), "mlp/down_proj": tuple(range(8))}
 
 
-@pytest.mark.parametrize("layers", [None, SUBSET], ids=["all", "some layers"])
+SPECS = {
+    "all": lambda arch: support.full_spec(arch, rank=4, alpha=6.0),
+    "some layers": lambda arch: support.full_spec(arch, rank=4, alpha=6.0, layers=SUBSET),
+    "mixed": support.mixed_spec,
+}
+
+
+@pytest.mark.parametrize("make_spec", SPECS.values(), ids=SPECS.keys())
 @pytest.mark.parametrize("build", [checkpoints.build_text_model, checkpoints.build_multimodal_model])
-def test_peft_loads_the_adapter_and_computes_the_same_logits(build, layers, tmp_path: Path) -> None:
+def test_peft_loads_the_adapter_and_computes_the_same_logits(build, make_spec, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     model = build(seed=5)
     arch, base = support.open_checkpoint(checkpoints.save(model, tmp_path / "base"))
-    spec = support.full_spec(arch, rank=4, alpha=6.0, **({"layers": layers} if layers else {}))
+    spec = make_spec(arch)
     adapters = export(tmp_path / "adapter", spec, arch, str(tmp_path / "base"))
     tokens = np.random.default_rng(2).integers(4, 2000, (2, 40))
     ours = support.logits(support.make_program(arch, spec, support.make_mesh()), base, adapters, tokens)
@@ -75,3 +82,56 @@ def test_peft_loads_the_adapter_and_computes_the_same_logits(build, layers, tmp_
         theirs = loaded(input_ids=torch.tensor(tokens)).logits.numpy()
     assert np.abs(ours - theirs).max() <= 1e-4
     assert np.abs(ours - plain).max() > 1e-2
+
+
+def draw_adapters(spec: LoraSpec, arch) -> dict[str, np.ndarray]:
+    """On the host, as a run hands them over."""
+    rng = np.random.default_rng(3)
+    shapes = {path: shape for path, (shape, _) in adapter_shapes(support.FAMILY, arch, spec).items()}
+    drawn = {path: 0.1 * rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
+    return {path: np.where(support.beyond_ranks(spec, path), np.float32(0), a) for path, a in drawn.items()}
+
+
+def test_files_tell_the_ranks_alphas_and_scale_of_modules_by_their_full_names(tmp_path: Path) -> None:
+    arch = SIZES["tiny"]
+    spec = support.mixed_spec(arch)
+    save_peft_adapter(tmp_path / "adapter", draw_adapters(spec, arch), spec, support.FAMILY, arch, "base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    layer = "model.layers."
+    keys_values = [f"{layer}5.self_attn.k_proj", f"{layer}5.self_attn.v_proj"]
+    down = [f"{layer}{i}.mlp.down_proj" for i in (0, 3)]
+    assert config["rank_pattern"] == dict(zip([*keys_values, *down], (2, 2, 7, 1), strict=True))
+    assert config["alpha_pattern"] == dict(zip([*keys_values, down[1]], (9, 9, 5), strict=True))
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 6, True)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ranks = {name: min(tensor.shape) for name, tensor in tensors.items()}  # no width is as small
+    assert ranks == {
+        name: config["rank_pattern"].get(name.removeprefix("base_model.model.").partition(".lora_")[0], 4)
+        for name in tensors
+    }
+
+
+def test_made_uniform_one_rank_and_scale_give_the_same_updates() -> None:
+    arch, mesh = SIZES["tiny"], support.make_mesh()
+    spec = support.mixed_spec(arch)
+    base, adapters = support.load(None, arch, mesh), draw_adapters(spec, arch)
+    made, uniform = make_uniform(adapters, spec)
+    assert (uniform.rank, uniform.use_rslora, uniform.ranks, uniform.alphas) == (7, False, {}, {})
+    assert {array.shape[1 if path.endswith("_b") else 2] for path, array in made.items()} == {7}
+    tokens = np.random.default_rng(4).integers(4, 250, (1, 24))
+    none = {path: np.zeros_like(array) for path, array in made.items()}
+    before, after, plain = (
+        support.logits(support.make_program(arch, of, mesh), base, jax.device_put(arrays), tokens)
+        for of, arrays in ((spec, adapters), (uniform, made), (uniform, none))
+    )
+    np.testing.assert_allclose(after, before, atol=1e-5)
+    assert np.abs(before - plain).max() > 1e-2
+
+
+def test_what_is_uniform_already_stays_as_it_is() -> None:
+    spec = support.full_spec(SIZES["tiny"], rank=3, alpha=7.0)
+    adapters = draw_adapters(spec, SIZES["tiny"])
+    made, same = make_uniform(adapters, spec)
+    assert same == spec
+    for path, array in adapters.items():
+        np.testing.assert_array_equal(made[path], array)

@@ -103,6 +103,9 @@ def test_how_they_grow() -> None:
     assert above["frozen"] == 0.75 * one["frozen"]  # half of the layers have no backward pass
     assert above["adapters"] == 0.5 * one["adapters"]
     assert split([512], spec=make_spec(arch, range(18), rank=8))["adapters"] == 0.25 * one["adapters"]
+    ranks = {f"layers/{layer}/{kind}": 16 for layer in range(9) for kind in LINEARS}
+    mixed = replace(make_spec(arch, range(18), rank=32), ranks=ranks)
+    assert split([512], spec=mixed)["adapters"] == 0.75 * one["adapters"]  # of each module, its own rank
 
 
 def test_the_guide_works_its_example_out_right(capsys: pytest.CaptureFixture[str]) -> None:

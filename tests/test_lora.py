@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,12 @@ import pytest
 import qwix
 from flax import nnx
 
+import rows
 import support
 from adaptax.config import UserError
+from adaptax.job import build_spec
 from adaptax.lora import LoraSpec, adapter_shapes, init_adapters
-from adaptax.models import match_modules
+from adaptax.models import match_modules, match_patterns
 from adaptax.models.gemma3 import Block
 from adaptax.models.gemma3_weights import LINEARS, SIZES
 
@@ -98,6 +101,76 @@ def test_adapters_start_as_peft_starts_them_whatever_the_mesh_and_the_other_modu
     np.testing.assert_array_equal(some[path], np.asarray(alone[path])[[7, 9]])
 
 
+def test_a_module_starts_the_same_whatever_ranks_the_others_have() -> None:
+    spec = support.mixed_spec(ARCH)
+    mixed = init_adapters(support.FAMILY, ARCH, spec, support.make_mesh(2, 4), seed=1)
+    for kind, layers in spec.layers.items():
+        path = f"layers/{kind}/w_lora_a"
+        assert mixed[path].shape[2] == max(spec.rank_of(kind, layer) for layer in layers)
+        assert not np.asarray(mixed[path])[np.broadcast_to(support.beyond_ranks(spec, path), mixed[path].shape)].any()
+        for place, layer in enumerate(layers):
+            rank = spec.ranks.get(f"layers/{layer}/{kind}", 4)
+            alone = LoraSpec({kind: (layer,)}, rank, 1.0)
+            (a, _) = init_adapters(support.FAMILY, ARCH, alone, support.make_mesh(), seed=1).values()
+            np.testing.assert_array_equal(mixed[path][place, :, :rank], a[0])
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])  # test_optim has the others, given such gradients
+def test_what_is_beyond_a_rank_stays_zero_in_training(name: str, base) -> None:
+    layers = {"attn/kv_einsum": (4, 5), "mlp/down_proj": (4, 5)}
+    ranks = {"layers/4/attn/kv_einsum": 2, "layers/5/mlp/down_proj": 130}  # adafactor factors from 128 on
+    spec = support.mixed_spec(ARCH, layers=layers, ranks=ranks)
+    config = support.optimizer_config(name, 1e-2, weight_decay=0.1, loraplus_lr_ratio=8.0)
+    trainer = support.Trainer(ARCH, base, spec, support.make_mesh(), config)
+    start = {path: np.asarray(array) for path, array in trainer.state.adapters.items()}
+    for step in range(3):
+        assert math.isfinite(trainer.run(support.random_batch(ARCH.vocab_size, (1, 2, 16), seed=step))["loss"])
+    for path, array in trainer.state.adapters.items():
+        beyond = np.broadcast_to(support.beyond_ranks(spec, path), array.shape)
+        assert beyond.any()
+        assert not np.asarray(array)[beyond].any()
+        assert (np.asarray(array) != start[path])[~beyond].mean() > 0.9
+
+
+def test_patterns_become_the_ranks_and_alphas_of_modules() -> None:
+    config = rows.run_config(rows.data_config())
+    model = support.model_config(
+        None,
+        "tiny",
+        lora_module_path="layers/[45]/(attn/q_einsum|mlp/up_proj)",
+        lora_rank=4,
+        use_rslora=True,
+        lora_rank_pattern={"layers/5/mlp/.*": 16, ".*mlp/.*": 6, ".*/attn/.*": 4},
+        lora_alpha_pattern={"layers/4/.*": 3},
+    )
+    spec = build_spec(replace(config, model=model), ARCH)
+    assert (spec.rank, spec.alpha, spec.use_rslora) == (4, 4.0, True)
+    assert spec.ranks == {"layers/4/mlp/up_proj": 6, "layers/5/mlp/up_proj": 16}
+    assert spec.alphas == {
+        "layers/4/attn/q_einsum": 3.0,
+        "layers/4/mlp/up_proj": 3.0,
+        "layers/5/mlp/up_proj": 16.0,  # its own rank
+    }
+    given = build_spec(replace(config, model=replace(model, lora_alpha=8.0)), ARCH)
+    assert given.alpha == 8.0
+    assert given.alphas == {"layers/4/attn/q_einsum": 3.0, "layers/4/mlp/up_proj": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        ({"attn/.*": 8}, "'attn/.*' matches no adapted module; .* such as layers/4/attn/q_einsum$"),
+        ({".*": 8, ".*mlp.*": 4}, r"'\.\*mlp\.\*' matches no adapted module"),
+        ({".*": 8, "layers/4/.*": 4}, r"'layers/4/\.\*' matches what patterns before it match: put it before them"),
+    ],
+)
+@pytest.mark.parametrize("key", ["lora_rank_pattern", "lora_alpha_pattern"])
+def test_a_pattern_that_counts_for_no_module_is_refused(key: str, patterns: dict[str, int], words: str) -> None:
+    config = support.model_config(None, "tiny", lora_module_path="layers/[45]/attn/q_einsum", **{key: patterns})
+    with pytest.raises(UserError, match=f"model.{key}: {words}"):
+        match_patterns(config, match_modules(config, ARCH))
+
+
 def forward(spec: LoraSpec | None, adapters: dict[str, jax.Array], base: dict[str, jax.Array], **kwargs) -> np.ndarray:
     program = support.make_program(ARCH, spec, support.make_mesh(), train="dropout_key" in kwargs)
     tokens = np.arange(10, 42)[None]
@@ -109,16 +182,27 @@ def base() -> dict[str, jax.Array]:
     return support.load(None, ARCH, support.make_mesh())
 
 
-@pytest.mark.parametrize("layers", [{"attn/kv_einsum": (2, 4), "mlp/down_proj": (3,)}, None])
-def test_adapters_add_alpha_over_rank_times_a_b_to_the_weights_of_their_layers(layers, base) -> None:
-    spec = support.full_spec(ARCH, rank=4, alpha=6.0, **({"layers": layers} if layers else {}))
+SPECS = {
+    "some layers": support.full_spec(ARCH, rank=4, alpha=6.0, layers={"attn/kv_einsum": (2, 4), "mlp/down_proj": (3,)}),
+    "all": support.full_spec(ARCH, rank=4, alpha=6.0),
+    "mixed": support.mixed_spec(ARCH),
+}
+
+
+def expected_scale(spec: LoraSpec, path: str) -> float:
+    rank = spec.ranks.get(path, 4)
+    return spec.alphas.get(path, 6.0) / (rank**0.5 if spec.use_rslora else rank)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_adapters_add_their_scale_times_a_b_to_the_weights_of_their_layers(spec: LoraSpec, base) -> None:
     adapters = support.random_adapters(ARCH, spec, support.make_mesh())
     merged = dict(base)
     for kind, places in spec.layers.items():
         a, b = adapters[f"layers/{kind}/w_lora_a"], adapters[f"layers/{kind}/w_lora_b"]
         weight = merged[f"layers/{kind}/w"]
         for i, layer in enumerate(places):
-            delta = (a[i] @ b[i]).reshape(weight.shape[1:]) * (6.0 / 4)
+            delta = (a[i] @ b[i]).reshape(weight.shape[1:]) * expected_scale(spec, f"layers/{layer}/{kind}")
             weight = weight.at[layer].add(delta)
         merged[f"layers/{kind}/w"] = weight
     adapted, plain = forward(spec, adapters, base), forward(None, {}, base)

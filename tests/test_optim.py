@@ -48,6 +48,61 @@ def test_adafactor_treats_every_layer_of_a_stack_by_itself() -> None:
         np.testing.assert_allclose(stacked["w"][layer], alone["w"][0], rtol=1e-5)
 
 
+ADAPTERS = {"layers/mlp/up_proj/w_lora_a": PARAMS["a"], "layers/mlp/up_proj/w_lora_b": PARAMS["b"]}
+ADAPTER_GRADS = dict(zip(ADAPTERS, GRADS.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+def test_b_learns_at_a_multiple_of_the_rate_decay_included(name: str) -> None:
+    def update(ratio: float | None) -> tuple[dict[str, jax.Array], optax.OptState]:
+        config = support.optimizer_config(name, 0.1, weight_decay=0.5, loraplus_lr_ratio=ratio)
+        rule, _ = build_optimizer(config, CONSTANT, 10)
+        return rule.update(ADAPTER_GRADS, rule.init(ADAPTERS), ADAPTERS)
+
+    plain, state = update(None)
+    same, same_state = update(1.0)
+    faster, _ = update(16.0)
+    assert jax.tree.structure(state) == jax.tree.structure(same_state)
+    for path, factor in zip(ADAPTERS, (1.0, 16.0), strict=True):
+        np.testing.assert_array_equal(plain[path], same[path])
+        np.testing.assert_array_equal(faster[path], factor * plain[path])
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4), (2, 160, 256)])  # adafactor factors from 128 on
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "sgd"])
+def test_what_is_zero_and_has_no_gradient_stays_zero(name: str, shape: tuple[int, ...]) -> None:
+    """As the rows of B beyond a module's rank."""
+    config = support.optimizer_config(name, 0.1, weight_decay=0.5, momentum=0.9, loraplus_lr_ratio=16.0)
+    rule, _ = build_optimizer(config, CONSTANT, 10)
+    is_used = np.arange(shape[1])[:, None] < np.array([3, shape[1]])[:, None, None]
+    params = {"w_lora_b": jnp.zeros(shape)}
+    state = rule.init(params)
+    for step in range(3):
+        grads = {"w_lora_b": jax.random.normal(jax.random.key(step), shape) * is_used * 10.0**step}
+        updates, state = rule.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(np.asarray(params["w_lora_b"]) != 0, np.broadcast_to(is_used, shape))
+
+
+def test_a_multiple_of_the_rate_is_a_parameter_group_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    config = support.optimizer_config("adamw", 0.01, weight_decay=0.3, loraplus_lr_ratio=16.0)
+    rule, _ = build_optimizer(config, CONSTANT, 10)
+    ours, state = ADAPTERS, rule.init(ADAPTERS)
+    theirs = [torch.tensor(np.array(array), requires_grad=True) for array in ADAPTERS.values()]
+    groups = [{"params": [p], "lr": 0.01 * ratio} for p, ratio in zip(theirs, (1, 16), strict=True)]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.3)
+    for step in range(5):
+        grads = {path: jnp.sin(grad + step) for path, grad in ADAPTER_GRADS.items()}
+        updates, state = rule.update(grads, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for parameter, grad in zip(theirs, grads.values(), strict=True):
+            parameter.grad = torch.tensor(np.array(grad))
+        reference.step()
+    for array, parameter in zip(ours.values(), theirs, strict=True):
+        np.testing.assert_allclose(array, parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -120,6 +120,15 @@ def test_another_folder_may_begin_with_another_learning_rate_but_not_with_anothe
         assert f"{key} was" in refused(changed, new)
 
 
+def test_the_order_of_patterns_may_not_change(tmp_path: Path, config: Config) -> None:
+    patterns = {".*q_einsum": 4, ".*": 8}
+    begun = change(config, {"model.lora_rank_pattern": patterns})
+    folder = write_run(tmp_path / "ordered", begun, 2)
+    assert steps_of(find_start(begun, folder)) == [2]
+    told = refused(change(config, {"model.lora_rank_pattern": dict(reversed(patterns.items()))}), folder)
+    assert 'model.lora_rank_pattern was {".*q_einsum": 4, ".*": 8}, not {".*": 8, ".*q_einsum": 4}' in told
+
+
 def test_all_that_may_not_change_is_named_at_once(config: Config, folder: RunFolder) -> None:
     told = refused(change(config, {"model.lora_rank": 8, "optimizer.name": "sgd", "logging.plot": True}), folder)
     assert 'model.lora_rank was 4, not 8; optimizer.name was "adamw", not "sgd"' in told

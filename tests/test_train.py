@@ -123,11 +123,22 @@ def test_answers_are_scored_before_and_after_and_shown_side_by_side(tmp_path: Pa
 
 def test_the_start_up_table_tells_what_is_adapted(tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.INFO, "adaptax"):
-        train(tmp_path, "training.num_batches=2", 'model.lora_module_path="layers/[45]/mlp/.*"', "model.lora_rank=2")
+        train(
+            tmp_path,
+            "training.num_batches=2",
+            'model.lora_module_path="layers/[45]/mlp/.*"',
+            "model.lora_rank=2",
+            "model.lora_alpha=8",
+            """model.lora_rank_pattern='{"layers/4/mlp/up_proj": 6}'""",
+        )
     text = " ".join(caplog.text.split())
-    assert "mlp/up_proj │ 2 of 6 │ 2,560" in text
-    assert "7,680 trainable beside 1,691,136 frozen parameters" in text
-    assert "model.lora_rank=2 is outside the usual 4 to 128" in text
+    assert "mlp/gate_proj │ 2 of 6 │ 2 │ 4 │ 2,560" in text
+    assert "mlp/up_proj │ 2 of 6 │ 2 to 6 │ 1.33333 to 4 │ 5,120" in text
+    assert "rank 2 to 6, alpha 8 (scale 1.33333 to 4); 10,240 trainable beside 1,691,136 frozen parameters" in text
+    assert "model.lora_rank=2 to 6 is outside the usual 4 to 128" in text
+    assert "lora_alpha / lora_rank = 1.33333 to 4; model.lora_alpha=null keeps alpha at the rank" in text
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == {"model.layers.4.mlp.up_proj": 6}
     assert "peak" in text
     assert "attention: xla; computed in float32" in text
 

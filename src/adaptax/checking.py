@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from adaptax.config import Config, build, check_divisible, check_training
-from adaptax.models import find_architecture, find_family, match_modules
+from adaptax.models import find_architecture, find_family, match_modules, match_patterns
 from adaptax.redact import check_no_secrets
 
 
@@ -38,7 +38,7 @@ def read_config(values: Mapping[str, Any], given: Sequence[str] = (), *, is_trai
 def check_model(config: Config) -> None:
     """Everything about the model that can be found wrong before jax is imported and weights are fetched."""
     family, arch = find_family(config.model.model_family), find_architecture(config.model)
-    match_modules(config.model, arch)
+    match_patterns(config.model, match_modules(config.model, arch))
     check_divisible(family.checkpoint.axis_sizes(arch), config.model.mesh_shape)
 
 

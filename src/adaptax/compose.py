@@ -5,6 +5,7 @@ With ``cli``, the only module that knows Hydra and OmegaConf.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import QuotedString
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigSource
 from omegaconf import DictConfig, OmegaConf
@@ -33,6 +34,10 @@ from adaptax.schema import one_of, unknown_key
 COMMANDS = ("train", "plan", "preview", "replay", "checkpoints", "verify-resume", *OPTIONS)
 GROUPS = (*RUN_GROUPS, "experiment")
 _MAPPED = re.compile(r"data\.(columns|filter)(\.|=|$)")  # the names in it are the user's own
+_PATTERN_KEYS = "model.lora_rank_pattern", "model.lora_alpha_pattern"
+_PATTERNS = re.compile(r"\+*(model\.lora_(?:rank|alpha)_pattern)(=|\.|$)(.*)", re.S)
+_MAPPING = re.compile(r"""(?<!\$)\{(?:"[^"]*"|'[^']*'|[^{}"'])*\}""")
+_PAIR = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,:{}"']+?)\s*:\s*([^\s,{}"']+)\s*(?:,|$)""")
 _NAMED = re.compile(r"(?:^|[{,])\s*([\w.+~/@-]+)\s*[=:]")  # the key of an override, and keys in braces behind it
 _MADE = re.compile(r"logging\.(?:Stream|File|Null|_Stderr)Handler|adaptax\.redact\.SecretFilter")
 _PLUGINS = ("hydra._internal.core_plugins.", "hydra_plugins.")  # of which Hydra makes only those that it has found
@@ -62,12 +67,51 @@ def teach_hydra() -> None:
 
     def load_checked(*args: Any, **kwargs: Any) -> DictConfig:
         cfg = load(*args, **kwargs)
+        for key in _PATTERN_KEYS:
+            if isinstance(value := OmegaConf.select(cfg, key), str):
+                OmegaConf.update(cfg, key, read_patterns(value), merge=False)
         values = OmegaConf.to_container(cfg, resolve=False)
         check_no_secrets(values)  # type: ignore[arg-type]  # before a folder is named by it
         check_no_code(values)
         return cfg
 
     ConfigLoaderImpl.load_configuration = load_checked
+
+
+def read_patterns(value: str) -> Any:
+    """The mapping in a text, as which the command line brings it: Hydra's own mappings have no quotes around keys.
+
+    A text that is no mapping stays as it is.
+    """
+    if not _MAPPING.fullmatch(value.strip()):
+        return value
+    text = value.strip()[1:-1].strip()
+    pairs = list(_PAIR.finditer(text))
+    if "".join(pair[0] for pair in pairs) != text:
+        return value
+    return {pair[1].strip("\"'"): _read_value(pair[2]) for pair in pairs}
+
+
+def _read_value(text: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return yaml.safe_load(text)
+
+
+def _quote_patterns(argument: str) -> str:
+    """An override with its mappings as texts, if it is one of patterns."""
+    match = _PATTERNS.fullmatch(argument)
+    if not match or not match[2]:
+        return argument
+    if match[2] == ".":
+        raise UserError(f"{argument}: {_give_patterns(match[1])}")
+    quoted = _MAPPING.sub(lambda mapping: QuotedString(mapping[0], Quote.single).with_quotes(), match[3])
+    return f"{match[1]}={quoted}"
+
+
+def _give_patterns(key: str) -> str:
+    return f"""give a mapping, with quotes around all and around patterns: '{key}={{".*attn/.*": 8}}'"""
 
 
 def check_no_code(values: Any, where: str = "") -> None:
@@ -95,6 +139,7 @@ def check_arguments(arguments: list[str]) -> list[str]:
     if secret:
         name = f"{redact(secret.partition('=')[0])}: " if "=" in secret else ""
         raise UserError(f"{name}secrets do not go on the command line, where runs record them; set HF_TOKEN")
+    arguments = [_quote_patterns(argument) for argument in arguments]
     flags = get_args_parser().parse_intermixed_args(arguments)
     if flags.experimental_rerun is not None:
         raise UserError("--experimental-rerun reads a pickle and is not supported; use the run's config.yaml instead")
@@ -117,7 +162,8 @@ def check_arguments(arguments: list[str]) -> list[str]:
 
 def _holds_secret(argument: str) -> bool:
     """Whether it does by its look, or by the name of a key in it that is not the name of a column."""
-    names = [] if _MAPPED.match(argument.lstrip("+~")) else _NAMED.findall(argument)
+    is_mapped = _MAPPED.match(argument.lstrip("+~")) or _PATTERNS.fullmatch(argument.lstrip("~"))
+    names = [] if is_mapped else _NAMED.findall(argument)
     return find_secret(argument) is not None or any(is_secret_name(name) for name in names)
 
 
@@ -142,8 +188,7 @@ def find_run_folder(arguments: list[str]) -> list[str]:
 
 def _quote(key: str, text: str) -> str:
     """An override with a text as it stands."""
-    text = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{text}'"
+    return f"{key}={QuotedString(text, Quote.single).with_quotes()}"
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
@@ -175,6 +220,8 @@ def explain(error: Exception) -> str:
     key, equals, value = error.override.partition("=")
     if not equals:
         return f"{error.override} is no key=value; a command ({', '.join(COMMANDS)}) goes first"
+    if key in _PATTERN_KEYS:
+        return f"{error.override}: {_give_patterns(key)}"
     if value.lstrip().startswith(("{", "[")):
         return (
             f"{error.override}: a bracket is not closed, or a text in it needs quotes, as in "

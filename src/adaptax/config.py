@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from adaptax import schema
 from adaptax.answer_config import EvaluationConfig, GenerationConfig, check_metric
-from adaptax.schema import UserError, build_group, knob
+from adaptax.schema import UserError, build_group, check_patterns, knob
 
 MESH_AXES = ("fsdp", "tp")
 
@@ -28,8 +28,17 @@ class ModelConfig:
     lora_alpha: Optional[float] = knob(
         "Updates are scaled by ``lora_alpha / lora_rank``; null means the rank, which keeps the scale at 1.", above=0
     )
+    use_rslora: bool = knob("Scale updates by ``lora_alpha / sqrt(lora_rank)`` instead (rsLoRA).")
     lora_module_path: str = knob(
         "Regular expression that must match a whole module path such as ``layers/0/attn/q_einsum``."
+    )
+    lora_rank_pattern: Any = knob(
+        'Ranks of some modules: ``{".*attn/.*": 8}``. The first pattern that matches a whole module path counts; '
+        "other modules have ``lora_rank``."
+    )
+    lora_alpha_pattern: Any = knob(
+        "Alphas of some modules, in the same way; other modules have ``lora_alpha``, or their own rank where that is "
+        "null."
     )
     mesh_shape: Any = knob('``[[fsdp, tp], ["fsdp", "tp"]]``: devices for sharded data and for tensor parallelism.')
     lora_dropout: float = knob("Dropout on the adapters' input, in training only.", minimum=0, maximum=0.99)
@@ -113,6 +122,9 @@ class OptimizerConfig:
     eps: Optional[float] = knob("Added to the denominator.", above=0)
     momentum: Optional[float] = knob("Momentum of SGD; null or 0 for none.", minimum=0, maximum=1)
     max_grad_norm: Optional[float] = knob("Clip gradients to this global norm; null for no clipping.", above=0)
+    loraplus_lr_ratio: Optional[float] = knob(
+        "The learning rate of B is so many times that of A (LoRA+); null or 1: the same.", above=0
+    )
 
 
 @dataclass
@@ -233,6 +245,9 @@ def build(values: Mapping[str, Any], *, is_trained: bool = True) -> Config:
         problems += _check_mesh_shape(config.model.mesh_shape)
     if config.model and isinstance(config.model.lora_module_path, str):
         problems += _check_regex(config.model.lora_module_path)
+    if config.model:
+        problems += check_patterns("model.lora_rank_pattern", config.model.lora_rank_pattern, is_whole=True)
+        problems += check_patterns("model.lora_alpha_pattern", config.model.lora_alpha_pattern, is_whole=False)
     if config.model and isinstance(name := config.model.tokenizer, str) and not locate(name).is_file():
         problems.append(f"model.tokenizer={name}: no such file")
     problems += _check_data(config.data, is_trained) if config.data else []

@@ -55,15 +55,16 @@ def save_peft_adapter(
 def peft_tensors(
     adapters: Mapping[str, np.ndarray], spec: LoraSpec, family: Family, arch: Architecture
 ) -> dict[str, np.ndarray]:
-    """PEFT's names and [out, in] shapes. Keys and values share their A, which is written to both."""
+    """PEFT's names and [out, in] shapes, at each module's own rank. Keys and values share their A: both have it."""
     tensors = {}
     prefix = PEFT_PREFIX + family.checkpoint.peft_module_prefix(arch)
     for kind, layers in spec.layers.items():
         names = family.checkpoint.LINEARS[kind].tensors
         a, b = adapters[f"layers/{kind}/w_lora_a"], adapters[f"layers/{kind}/w_lora_b"]
         for place, layer in enumerate(layers):
-            a_RI = a[place].T
-            b_RCO = b[place].reshape(spec.rank, len(names), -1)
+            rank = spec.rank_of(kind, layer)
+            a_RI = a[place, :, :rank].T
+            b_RCO = b[place, :rank].reshape(rank, len(names), -1)
             for part, name in enumerate(names):
                 module = f"{prefix}layers.{layer}.{name}"
                 tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a_RI)
@@ -80,18 +81,57 @@ def peft_config(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": source,
         "r": spec.rank,
-        "lora_alpha": int(spec.alpha) if spec.alpha == int(spec.alpha) else spec.alpha,
+        "lora_alpha": _plain(spec.alpha),
         "lora_dropout": spec.dropout,
         "target_modules": _target_modules(tensors, spec, family, arch),
         "bias": "none",
-        "use_rslora": False,
+        "use_rslora": spec.use_rslora,
         "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": _name_modules(spec.ranks, spec, family, arch),
+        "alpha_pattern": _name_modules(spec.alphas, spec, family, arch),
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def make_uniform(adapters: Mapping[str, np.ndarray], spec: LoraSpec) -> tuple[dict[str, np.ndarray], LoraSpec]:
+    """The same updates with one rank and one scale for all modules, for programs that know but one ``r`` and alpha.
+
+    Args:
+      adapters: path -> stacked float32 array, on the host.
+      spec: what they were trained with.
+
+    Returns:
+      The adapters, with zeros up to the highest rank and what differs in scale put into B; their spec, without rsLoRA.
+    """
+    rank = max(map(spec.stacked_rank, spec.layers), default=spec.rank)
+    top = max(map(spec.top_scale, spec.layers), default=1.0)
+    made = {}
+    for kind, layers in spec.layers.items():
+        a, b = adapters[f"layers/{kind}/w_lora_a"], adapters[f"layers/{kind}/w_lora_b"]
+        shares = np.array([spec.scale_of(kind, layer) / top for layer in layers], np.float32)
+        lacks = rank - a.shape[2]
+        made[f"layers/{kind}/w_lora_a"] = np.pad(a, ((0, 0), (0, 0), (0, lacks)))
+        made[f"layers/{kind}/w_lora_b"] = np.pad(b * shares[:, None, None], ((0, 0), (0, lacks), (0, 0)))
+    alpha = spec.alpha if spec.alpha / rank == top else top * rank
+    return made, LoraSpec(spec.layers, rank, alpha, spec.dropout)
+
+
+def _name_modules(values: Mapping[str, float], spec: LoraSpec, family: Family, arch: Architecture) -> dict[str, float]:
+    """Full names in the checkpoint -> what modules have; PEFT takes names as patterns, and they match themselves."""
+    prefix = family.checkpoint.peft_module_prefix(arch)
+    return {
+        f"{prefix}layers.{layer}.{name}": _plain(values[path])
+        for kind, layers in spec.layers.items()
+        for layer in layers
+        if (path := f"layers/{layer}/{kind}") in values
+        for name in family.checkpoint.LINEARS[kind].tensors
+    }
+
+
+def _plain(number: float) -> float:
+    return int(number) if number == int(number) else number
 
 
 def _target_modules(

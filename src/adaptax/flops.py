@@ -3,7 +3,7 @@
 A product of [m, k] and [k, n] is 2mkn. Counted are the matrix products of the layers, of attention and of the head, as
 in PaLM (arXiv 2204.02311, appendix B), with what LoRA spares: frozen weights have no gradient of their own, and layers
 below the first adapted one no backward pass. Norms, softmax, rotary angles, the embedding's lookup and the optimizer
-count nothing; nor do padding and what rematerialisation computes anew.
+count nothing; nor do padding, of rows and of lower ranks, and what rematerialisation computes anew.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def split_flops(family: Family, arch: Architecture, spec: LoraSpec, counts: Coun
     sizes = checkpoint.axis_sizes(arch)
     in_out = {kind: [size for _, size in checkpoint.adapter_axes(arch, kind)] for kind in checkpoint.LINEARS}
     num_frozen = sum(num_in * num_out for num_in, num_out in in_out.values())  # of a layer
-    num_adapter = sum(len(layers) * spec.rank * sum(in_out[kind]) for kind, layers in spec.layers.items())
+    num_adapter = sum(spec.total_rank(kind) * sum(in_out[kind]) for kind in spec.layers)
     num_passes = sizes["L"] + (sizes["L"] - first)  # of a layer: all forward, some backward
     windows = checkpoint.attention_windows(arch)
     pairs = sum(counts.num_pairs[window] * (1 if i < first else 3) for i, window in enumerate(windows))

@@ -13,7 +13,15 @@ from jax.sharding import Mesh
 
 from adaptax.config import Config
 from adaptax.lora import LoraSpec, build_model
-from adaptax.models import Architecture, Family, find_architecture, find_family, find_source, match_modules
+from adaptax.models import (
+    Architecture,
+    Family,
+    find_architecture,
+    find_family,
+    find_source,
+    match_modules,
+    match_patterns,
+)
 from adaptax.models.attention import choose_attention
 from adaptax.optim import build_optimizer
 from adaptax.step import Program, StepPerLength, build_eval_step, build_train_step
@@ -70,10 +78,16 @@ def build_job(config: Config, mesh: Mesh, directory: Path | None = None) -> Job:
 
 
 def build_spec(config: Config, arch: Architecture) -> LoraSpec:
-    """The adapters that the configuration asks for; a null alpha is the rank."""
+    """The adapters that the configuration asks for; a null alpha is the module's rank."""
     model = config.model
+    layers = match_modules(model, arch)
+    matched = match_patterns(model, layers)
+    ranks = {path: int(rank) for path, rank in matched["lora_rank_pattern"].items() if rank != model.lora_rank}
+    alphas = {} if model.lora_alpha else {path: float(rank) for path, rank in ranks.items()}
+    alphas |= {path: float(alpha) for path, alpha in matched["lora_alpha_pattern"].items()}
     alpha = model.lora_alpha or float(model.lora_rank)
-    return LoraSpec(match_modules(model, arch), model.lora_rank, alpha, model.lora_dropout)
+    alphas = {path: value for path, value in alphas.items() if value != alpha}
+    return LoraSpec(layers, model.lora_rank, alpha, model.lora_dropout, model.use_rslora, ranks, alphas)
 
 
 @dataclass(frozen=True)

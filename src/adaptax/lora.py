@@ -6,11 +6,12 @@ adapters are float32 masters, a flat dictionary ``layers/attn/q_einsum/w_lora_a 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,14 @@ class LoraSpec:
     def stacked_rank(self, kind: str) -> int:
         """The rank of a kind's stacked arrays: the highest there is; what lower ones leave over is zero."""
         return max(self.rank_of(kind, layer) for layer in self.layers[kind])
+
+    def total_rank(self, kind: str) -> int:
+        """The ranks of a kind's modules together: what is trained of each of its inputs and outputs."""
+        return sum(self.rank_of(kind, layer) for layer in self.layers[kind])
+
+    def top_scale(self, kind: str) -> float:
+        """The highest scale in a kind. The program has one for all its layers; B carries what others lack of it."""
+        return max(self.scale_of(kind, layer) for layer in self.layers[kind])
 
     @property
     def first_layer(self) -> int:
@@ -103,10 +112,7 @@ def build_model(
 
 
 def _wrap_block(module: Any, arch: Architecture, spec: LoraSpec, dropout: float, platform: str) -> Any:
-    rules = [
-        qwix.LoraRule(module_path=re.escape(kind), rank=spec.rank, alpha=spec.alpha, dropout=dropout)
-        for kind in spec.layers
-    ]
+    rules = [_make_rule(kind, spec, dropout) for kind in spec.layers]
     block = module.Block(arch, rngs=nnx.Rngs(0))
     rngs = nnx.Rngs(params=0, dropout=0)
     provider = (_CpuProvider if platform == "cpu" else qwix.LoraProvider)(rules)
@@ -114,6 +120,13 @@ def _wrap_block(module: Any, arch: Architecture, spec: LoraSpec, dropout: float,
     made = {"/".join(map(str, path[:-1])) for path, _ in nnx.to_flat_state(nnx.state(block, nnx.LoRAParam))}
     assert made == set(spec.layers), f"qwix adapted {sorted(made)}, not {sorted(spec.layers)}"
     return block
+
+
+def _make_rule(kind: str, spec: LoraSpec, dropout: float) -> qwix.LoraRule:
+    rank, scale = spec.stacked_rank(kind), spec.top_scale(kind)
+    alphas = (spec.alpha_of(kind, layer) for layer in spec.layers[kind])
+    alpha = next((alpha for alpha in alphas if alpha / rank == scale), scale * rank)
+    return qwix.LoraRule(module_path=re.escape(kind), rank=rank, alpha=alpha, dropout=dropout)
 
 
 class _CpuProducts(qwix.PtqProvider):
@@ -130,12 +143,13 @@ class _CpuProvider(qwix.LoraProvider, _CpuProducts):
 
 
 def adapter_shapes(family: Family, arch: Architecture, spec: LoraSpec) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Every adapter array: path -> shape, axis letters."""
+    """Every adapter array: path -> shape, axis letters. R is the highest rank in the kind."""
     shapes = {}
     for kind, layers in spec.layers.items():
         (in_axis, num_in), (out_axis, num_out) = family.checkpoint.adapter_axes(arch, kind)
-        shapes[f"layers/{kind}/w_lora_a"] = (len(layers), num_in, spec.rank), f"L{in_axis}R"
-        shapes[f"layers/{kind}/w_lora_b"] = (len(layers), spec.rank, num_out), f"LR{out_axis}"
+        rank = spec.stacked_rank(kind)
+        shapes[f"layers/{kind}/w_lora_a"] = (len(layers), num_in, rank), f"L{in_axis}R"
+        shapes[f"layers/{kind}/w_lora_b"] = (len(layers), rank, num_out), f"LR{out_axis}"
     return shapes
 
 
@@ -154,7 +168,8 @@ def init_adapters(family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh
     """Fresh float32 adapters on the mesh: A uniform within 1/sqrt(in), B zero.
 
     That is PEFT's initialisation (kaiming uniform, a = sqrt 5), so that its learning rates carry over. A module's
-    values depend on the seed and its own path only: not on the mesh, nor on which others are adapted.
+    values depend on the seed, its own path and rank only: not on the mesh, nor on which others are adapted and how. The
+    columns of A beyond a module's rank are zero; as those rows of B are too, neither has a gradient.
     """
     shapes = adapter_shapes(family, arch, spec)
 
@@ -166,14 +181,29 @@ def init_adapters(family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh
                 continue
             kind = path.removeprefix("layers/").rpartition("/")[0]
             key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-            keys = jax.vmap(lambda layer, key=key: jax.random.fold_in(key, layer))(jnp.array(spec.layers[kind]))
-            limit = 1.0 / math.sqrt(shape[1])
-            draw = lambda key, shape=shape, limit=limit: jax.random.uniform(key, shape[1:], jnp.float32, -limit, limit)  # noqa: E731
-            adapters[path] = jax.vmap(draw)(keys)
+            ranks = [spec.rank_of(kind, layer) for layer in spec.layers[kind]]
+            adapters[path] = _draw_a(key, spec.layers[kind], ranks, shape[1])
         return adapters
 
     shardings = {path: leaf.sharding for path, leaf in describe_adapters(family, arch, spec, mesh).items()}
     return jax.jit(make, out_shardings=shardings)()
+
+
+def _draw_a(key: jax.Array, layers: Sequence[int], ranks: Sequence[int], num_in: int) -> jax.Array:
+    """A of some layers, [layers, in, highest rank], from a key of their kind."""
+    limit = 1.0 / math.sqrt(num_in)
+    a = jnp.zeros((len(layers), num_in, max(ranks)), jnp.float32)
+    for rank in sorted(set(ranks)):
+        places = [i for i in range(len(layers)) if ranks[i] == rank]
+        keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.array([layers[i] for i in places]))
+        draw = functools.partial(
+            jax.random.uniform, shape=(num_in, rank), dtype=jnp.float32, minval=-limit, maxval=limit
+        )
+        drawn = jax.vmap(draw)(keys)
+        if len(places) == len(layers):
+            return drawn
+        a = a.at[jnp.array(places), :, :rank].set(drawn)
+    return a
 
 
 def merge_model(graphdef: nnx.GraphDef, base: Arrays, adapters: Arrays, spec: LoraSpec | None, dtype: Any) -> Any:
@@ -183,9 +213,18 @@ def merge_model(graphdef: nnx.GraphDef, base: Arrays, adapters: Arrays, spec: Lo
         num_layers = next(len(stack) for path, stack in base.items() if path.startswith("layers/"))
         for path, array in adapters.items():
             kind = path.removeprefix("layers/").rpartition("/")[0]
+            if path.endswith("_b"):
+                array = _fold_scales(array, kind, spec)
             array = _spread(array.astype(dtype), spec.layers[kind], spec.first_layer, num_layers)
             leaves.append((tuple(path.split("/")), nnx.LoRAParam(array)))
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def _fold_scales(b: jax.Array, kind: str, spec: LoraSpec) -> jax.Array:
+    """B of a kind with what its layers lack of the kind's scale."""
+    top = spec.top_scale(kind)
+    shares = [spec.scale_of(kind, layer) / top for layer in spec.layers[kind]]
+    return b if set(shares) == {1.0} else b * jnp.array(shares, b.dtype)[:, None, None]
 
 
 def _spread(array: jax.Array, layers: tuple[int, ...], first: int, num_layers: int) -> jax.Array:

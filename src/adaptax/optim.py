@@ -64,12 +64,23 @@ def build_schedule(config: ScheduleConfig, learning_rate: float, num_steps: int)
 def build_optimizer(
     config: OptimizerConfig, schedule_config: ScheduleConfig, num_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The update rule behind clipping by global norm, and its learning rate by step."""
+    """The update rule behind clipping by global norm, and its learning rate by step: that of A, where B has another."""
     schedule = build_schedule(schedule_config, config.learning_rate, num_steps)
     rule = OPTIMIZERS[config.name](config, schedule)
     limit = config.max_grad_norm
     clip = optax.identity() if limit is None else optax.clip_by_global_norm(limit)
-    return optax.chain(clip, rule), schedule  # the same state with and without clipping
+    ratio = config.loraplus_lr_ratio or 1.0
+    boost = () if ratio == 1.0 else (_scale_b(ratio),)
+    return optax.chain(clip, rule, *boost), schedule  # the same state with and without clipping
+
+
+def _scale_b(ratio: float) -> optax.GradientTransformation:
+    """LoRA+ (arXiv 2402.12354): B learns at a multiple of the rate. Updates, decay too, are proportional to it."""
+
+    def scale(updates: Any, params: Any) -> Any:
+        return {path: update * ratio if path.endswith("_lora_b") else update for path, update in updates.items()}
+
+    return optax.stateless(scale)
 
 
 def per_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -241,7 +241,7 @@ def check_config(saved: Mapping[str, Any], config: Config, what: str, *, is_fork
     """
     config = _keep_global_batch(saved, _keep_choices(saved, config))
     before, now = _flatten(saved), _flatten(dataclasses.asdict(config))
-    changed = [key for key in now if key in before and before[key] != now[key]]
+    changed = [key for key in now if key in before and _differs(key, before[key], now[key])]
     changed += [key for key in now if key not in before]
     others = {*LAYOUT_KEYS, *NAMED_KEYS, *(FORK_KEYS if is_fork else ())}
     others -= {"data.train"} if config.data.streaming else set()
@@ -369,6 +369,12 @@ def how_to_resume(folder: RunFolder) -> str:
     if not _PLAIN.fullmatch(text) or text in ("null", "true", "false"):  # Hydra wants quotes of its own
         text = '"' + text.replace('"', '\\"') + '"'
     return f"go on with: {program} {shlex.quote(f'checkpoint.resume={text}')}"
+
+
+def _differs(key: str, before: Any, now: Any) -> bool:
+    """Of patterns, the first that matches counts, so their order does."""
+    is_ordered = key.endswith("_pattern") and isinstance(before, Mapping)
+    return before != now or (is_ordered and list(before) != list(now))
 
 
 def _is_free(key: str) -> bool:

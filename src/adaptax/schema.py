@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import field
@@ -82,6 +83,26 @@ def _check_value(path: str, value: Any, hint: Any, limits: Mapping[str, Any]) ->
         if limits[name] is not None and is_bad(value, limits[name]):
             return value, f"{path} must be {limit} {limits[name]}, not {value}"
     return value, None
+
+
+def check_patterns(path: str, value: Any, *, is_whole: bool) -> list[str]:
+    """What is wrong with a mapping from regular expressions to numbers above 0, whole ones or not."""
+    if not isinstance(value, Mapping):
+        return [f'{path} must be a mapping such as {{".*attn/.*": 8}}, not {value!r}']
+    problems = []
+    for pattern, number in value.items():
+        if not isinstance(pattern, str):
+            problems.append(f"{path}: {pattern!r} is not a regular expression; put it in quotes")
+            continue
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"{path}: {pattern!r} is not a regular expression: {error}")
+        is_number = isinstance(number, int if is_whole else (int, float)) and not isinstance(number, bool)
+        if not is_number or not 0 < number < math.inf:
+            kind = "a whole number from 1" if is_whole else "a number above 0"
+            problems.append(f"{path}: {pattern!r} must have {kind}, not {'null' if number is None else repr(number)}")
+    return problems
 
 
 def key_paths(cls: type, prefix: str = "") -> list[str]:

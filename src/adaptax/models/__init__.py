@@ -153,3 +153,29 @@ def match_modules(config: ModelConfig, arch: Architecture) -> dict[str, tuple[in
             f"{kinds} (layers 0 to {arch.num_layers - 1})"
         )
     return matched
+
+
+def match_patterns(config: ModelConfig, layers: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, float]]:
+    """The ranks and alphas that patterns give to modules: ``lora_rank_pattern`` -> module path -> its number.
+
+    Args:
+      config: the model's configuration.
+      layers: the adapted modules, as :func:`match_modules` gives them.
+
+    Raises:
+      UserError: a pattern counts for no adapted module.
+    """
+    paths = [f"layers/{layer}/{kind}" for kind, places in layers.items() for layer in places]
+    found = {}
+    for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+        patterns: Mapping[str, float] = getattr(config, key)
+        first = {path: next((p for p in patterns if re.fullmatch(p, path)), None) for path in paths}
+        for pattern in (p for p in patterns if p not in first.values()):
+            if any(re.fullmatch(pattern, path) for path in paths):
+                raise UserError(f"model.{key}: {pattern!r} matches what patterns before it match: put it before them")
+            raise UserError(
+                f"model.{key}: {pattern!r} matches no adapted module; it must match a whole path such as "
+                f"{', '.join(f'layers/{places[0]}/{kind}' for kind, places in layers.items())}"
+            )
+        found[key] = {path: patterns[pattern] for path, pattern in first.items() if pattern is not None}
+    return found

@@ -138,6 +138,21 @@ def save_merged(
     return report
 
 
+def add_adapters(base: dict[str, Any], adapters: Mapping[str, np.ndarray], spec: LoraSpec) -> dict[str, np.ndarray]:
+    """The same sum of the stacked arrays of a base, on the host; they are taken out of ``base`` one after the other."""
+    merged = {}
+    for path in list(base):
+        array = base.pop(path)
+        kind = path.removeprefix("layers/").removesuffix("/w")
+        merged[path] = np.array(array) if kind in spec.layers else np.asarray(array)
+        for place, layer in enumerate(spec.layers.get(kind, ())):
+            rank, weight = spec.rank_of(kind, layer), merged[path][layer]
+            a_IR, b_RO = (adapters[f"layers/{kind}/w_lora_{side}"][place] for side in "ab")
+            update = spec.scale_of(kind, layer) * (a_IR[:, :rank] @ b_RO[:rank])
+            merged[path][layer] = (weight.astype(np.float32) + update.reshape(weight.shape)).astype(weight.dtype)
+    return merged
+
+
 def check_merged(directory: Path, report: MergeReport) -> None:
     """Reads a merged checkpoint again, from the disk: every file and every tensor must be what the report says.
 

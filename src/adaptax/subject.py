@@ -60,6 +60,10 @@ class Subject:
         seed = job.config.training.seed
         return load_weights(directory, job.arch, job.family.checkpoint, describe_base(job, directory), seed)
 
+    def bare_program(self) -> Program:
+        """Of the base alone."""
+        return build_program(self.job, is_adapted=False)
+
     def check_room(self, num_rows: int, num_tokens: int) -> None:
         """Tells what generation takes of a device, and refuses what does not fit.
 

@@ -113,8 +113,7 @@ def take_apart(base: dict[str, jax.Array]) -> dict[str, Any]:
 
     For generation, which reads every weight once for a token: some backends copy what they take out of a stack.
     """
-    with _loading:
-        _last_base.clear()  # it is not to be handed out again
+    forget_weights()  # it is not to be handed out again
     apart: dict[str, Any] = {}
     for path in list(base):
         stack = base.pop(path)
@@ -124,6 +123,12 @@ def take_apart(base: dict[str, jax.Array]) -> dict[str, Any]:
         apart[path] = jax.block_until_ready(_split_layers(stack))
         stack.delete()
     return apart
+
+
+def forget_weights() -> None:
+    """Gives the last base back, once nobody else holds it."""
+    with _loading:
+        _last_base.clear()
 
 
 @jax.jit

@@ -57,8 +57,9 @@ class Reference:
 
     def distance(self, logits: np.ndarray) -> float:
         """Of other logits from these."""
-        spread = np.sqrt(np.mean(np.square(self.logits - self.logits.mean())))
-        return float(np.sqrt(np.mean(np.square(logits - self.logits))) / spread)
+        with np.errstate(all="ignore"):  # a distance that is not finite is too large
+            spread = np.sqrt(np.mean(np.square(self.logits - self.logits.mean())))
+            return float(np.sqrt(np.mean(np.square(logits - self.logits))) / spread)
 
 
 def export(options: ExportOptions, config: Config, mesh: Mesh, place: Path | None) -> dict[str, Any]:
@@ -198,8 +199,7 @@ def _write_merged(subject: Subject, options: ExportOptions, folder: Path) -> dic
         folder / "new", directory, adapter.arrays, job.spec, job.family, job.arch, max_shard_bytes=size
     )
     _move_up(folder / "new")
-    if not (folder / "tokenizer.model").exists():
-        shutil.copy(subject.tokenizer.path, folder / "tokenizer.model")
+    _copy_tokenizer(subject, folder)
     if report.unchanged:
         words = "%d modules are what they were: their update is zero, or less than %s can hold"
         log.warning(words, len(report.unchanged), " and ".join(report.dtypes))
@@ -216,9 +216,8 @@ def _write_orbax(subject: Subject, options: ExportOptions, folder: Path) -> dict
     tolerance = max(TOLERANCES["F32" if array.dtype == jnp.float32 else "BF16"] for array in base.values())
     save_orbax_checkpoint(folder / CHECKPOINT, base, job.family, job.arch)
     del base
-    shutil.copy(subject.tokenizer.path, folder / "tokenizer.model")
-    directory = fetch_files(job.source)
-    config = None if directory is None else find_file(directory, "config.json")
+    _copy_tokenizer(subject, folder)
+    config = None if subject.directory is None else find_file(subject.directory, "config.json")
     if config is not None and config.exists():  # tells of shapes that are no published size's
         shutil.copy(config, folder / config.name)
     said = {"modules": _count_modules(job.spec, job.family)}
@@ -265,6 +264,15 @@ def _describe_sum(report: MergeReport) -> dict[str, Any]:
 def _count_modules(spec: LoraSpec, family: Family) -> int:
     """As checkpoints count them: keys and values are two."""
     return sum(len(layers) * len(family.checkpoint.LINEARS[kind].tensors) for kind, layers in spec.layers.items())
+
+
+def _copy_tokenizer(subject: Subject, folder: Path) -> None:
+    """The model's tokenizer goes with it, where it has one."""
+    named = subject.job.config.model.tokenizer
+    beside = find_file(subject.directory, "tokenizer.model") if subject.directory else None
+    path = subject.tokenizer.path if named else beside
+    if path is not None and path.exists() and not (folder / "tokenizer.model").exists():
+        shutil.copy(path, folder / "tokenizer.model")
 
 
 def _move_up(folder: Path) -> None:

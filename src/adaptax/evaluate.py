@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from adaptax.data.chat import Example
+from adaptax.config import Config
+from adaptax.data.chat import Example, last_request
 from adaptax.data.packing import choose_buckets
 from adaptax.data.pipeline import BatchSource, Dataset
 from adaptax.data.store import Examples
-from adaptax.data.tokenizer import END_OF_TURN
+from adaptax.data.tokenizer import END_OF_TURN, Tokenizer
 from adaptax.generate import Generator, answer_span
 from adaptax.lora import Arrays, merge_model
 from adaptax.loss import chunk_size
 from adaptax.mesh import batch_part, replicated, shard_batch
+from adaptax.sampling import read_sampling
 from adaptax.step import HEAD, Batch, Program
 
 EvalStep = Callable[[Arrays, Arrays, Batch], tuple[jax.Array, jax.Array]]
@@ -91,6 +93,39 @@ def build_answer(
         return Answers(num_right / len(whole), len(whole), prompts, expected, given)
 
     return answer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer to a held-out row, as text."""
+
+    request: str
+    expected: str
+    given: str
+
+    def describe(self) -> str:
+        """Three lines."""
+        return f"request: {self.request}\nexpected: {self.expected}\nanswer: {self.given}"
+
+
+def build_sample(
+    generator: Generator, base: Arrays, data: Dataset, tokenizer: Tokenizer, config: Config
+) -> Callable[[Arrays], list[Sample]]:
+    """A function from adapters to their answers to the first ``evaluation.num_samples`` held-out rows."""
+    rows = list(itertools.islice(answered_rows(data.examples), config.evaluation.num_samples))
+    prompts = [row.tokens[:start].tolist() for _, row, (start, _) in rows]
+    requests = [last_request(prompt, tokenizer) for prompt in prompts]
+    expected = [tokenizer.decode(row.tokens[start : stop - 1].tolist()) for _, row, (start, stop) in rows]
+    generation = config.generation
+
+    def sample(adapters: Arrays) -> list[Sample]:
+        if not prompts:
+            return []
+        settings = generation.max_new_tokens, read_sampling(generation)
+        given = generator.answer(base, adapters, prompts, *settings, seed=generation.seed)
+        return list(map(Sample, requests, expected, map(tokenizer.decode, given)))
+
+    return sample
 
 
 def answered_rows(examples: Iterable[Example]) -> Iterator[tuple[int, Example, tuple[int, int]]]:

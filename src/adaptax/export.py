@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -134,17 +133,11 @@ def _plain(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def _target_modules(
-    tensors: Mapping[str, np.ndarray], spec: LoraSpec, family: Family, arch: Architecture
-) -> list[str] | str:
-    """Suffixes where all layers are adapted; a regex where a vision tower has such modules too; else full names."""
-    if any(len(layers) < arch.num_layers for layers in spec.layers.values()):
-        modules = {name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in tensors}
-        return sorted(modules)
-    suffixes = sorted(n.rpartition(".")[2] for kind in spec.layers for n in family.checkpoint.LINEARS[kind].tensors)
-    if not arch.is_multimodal:
-        return suffixes
-    return rf".*{re.escape(family.checkpoint.peft_module_prefix(arch))}layers\.\d+\..*\.({'|'.join(suffixes)})"
+def _target_modules(tensors: Mapping[str, np.ndarray], spec: LoraSpec, family: Family, arch: Architecture) -> list[str]:
+    """Suffixes where all layers are adapted; full names where others end alike, such as those of a vision tower."""
+    if arch.is_multimodal or any(len(layers) < arch.num_layers for layers in spec.layers.values()):
+        return sorted({name.removeprefix(PEFT_PREFIX).partition(".lora_")[0] for name in tensors})
+    return sorted(n.rpartition(".")[2] for kind in spec.layers for n in family.checkpoint.LINEARS[kind].tensors)
 
 
 def _check_written(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

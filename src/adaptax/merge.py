@@ -148,8 +148,14 @@ def add_adapters(base: dict[str, Any], adapters: Mapping[str, np.ndarray], spec:
         for place, layer in enumerate(spec.layers.get(kind, ())):
             rank, weight = spec.rank_of(kind, layer), merged[path][layer]
             a_IR, b_RO = (adapters[f"layers/{kind}/w_lora_{side}"][place] for side in "ab")
-            update = spec.scale_of(kind, layer) * (a_IR[:, :rank] @ b_RO[:rank])
-            merged[path][layer] = (weight.astype(np.float32) + update.reshape(weight.shape)).astype(weight.dtype)
+            with np.errstate(all="ignore"):  # what overflows is told below
+                update = np.float32(spec.scale_of(kind, layer)) * (a_IR[:, :rank] @ b_RO[:rank])
+                merged[path][layer] = weight.astype(np.float32) + update.reshape(weight.shape)
+            if not np.isfinite(merged[path][layer]).all():
+                raise UserError(
+                    f"layers/{layer}/{kind} has values that are not finite once its adapter is added: the base or the "
+                    f"adapter is damaged, or {weight.dtype} cannot hold them"
+                )
     return merged
 
 

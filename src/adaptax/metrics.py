@@ -57,6 +57,11 @@ class MetricsLog:
         if self._events:
             self._events.write(step, {name: row[name] for name in values if row[name] is not None})
 
+    def write_text(self, step: int, tag: str, text: str) -> None:
+        """A text for TensorBoard, if it is asked for."""
+        if self._events:
+            self._events.write_text(step, tag, text)
+
     def close(self) -> None:
         """Flushes everything and draws the picture."""
         for file in (self._file, self._events):
@@ -102,7 +107,7 @@ class Appender:
 
 
 class EventLog:
-    """Scalars for TensorBoard.
+    """Scalars and texts for TensorBoard.
 
     tensorboardX's own writer is left aside: where the disk is full its thread ends, and the training waits for ever.
 
@@ -114,10 +119,12 @@ class EventLog:
     def __init__(self, folder: Path, first_step: int | None):
         with _left_out("torch"):  # tensorboardX loads it where it is installed: seconds, and of no use here
             from tensorboardX import record_writer
-            from tensorboardX.proto import event_pb2, summary_pb2
+            from tensorboardX.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2
 
         self._events: Any = event_pb2
         self._summaries: Any = summary_pb2
+        self._tensors: Any = tensor_pb2
+        self._shapes: Any = tensor_shape_pb2
         self._checksum = record_writer.masked_crc32c
         folder.mkdir(exist_ok=True)
         self._file = Appender(folder / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}")
@@ -130,6 +137,15 @@ class EventLog:
         make = self._summaries.Summary
         scalars = [make.Value(tag=name.replace("_", "/", 1), simple_value=value) for name, value in values.items()]
         self._append(step=step, summary=make(value=scalars))
+
+    def write_text(self, step: int, tag: str, text: str) -> None:
+        """A text of a step, which TensorBoard shows as Markdown: as it stands, in a block of code."""
+        make, block = self._summaries.Summary, "".join(f"    {line}\n" for line in text.splitlines())
+        plugin = self._summaries.SummaryMetadata.PluginData(plugin_name="text")
+        shape = self._shapes.TensorShapeProto(dim=[self._shapes.TensorShapeProto.Dim(size=1)])
+        tensor = self._tensors.TensorProto(dtype="DT_STRING", string_val=[block.encode()], tensor_shape=shape)
+        value = make.Value(tag=tag, metadata=self._summaries.SummaryMetadata(plugin_data=plugin), tensor=tensor)
+        self._append(step=step, summary=make(value=[value]))
 
     def close(self) -> None:
         """Writes what still waits, if it can be."""

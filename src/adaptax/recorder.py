@@ -12,9 +12,11 @@ import jax
 from adaptax.checkpoint import Saver, gather
 from adaptax.config import profiled_steps
 from adaptax.devices import peak_flops
+from adaptax.evaluate import Sample
 from adaptax.faults import dump_batch, name_rows
 from adaptax.flops import Counts, step_flops
 from adaptax.job import Job
+from adaptax.lora import Arrays
 from adaptax.memory import tell_measured_peak
 from adaptax.metrics import MetricsLog, ProgressDisplay
 from adaptax.prepare import Prepared, is_main
@@ -37,10 +39,18 @@ class Recorder:
       folder: of the run.
       earlier: rows of ``metrics.jsonl`` from before a resume.
       progress: from before a resume.
+      sample: answers of adapters that are shown at every evaluation.
     """
 
-    def __init__(self, prepared: Prepared, folder: RunFolder, earlier: Sequence[Mapping[str, Any]], progress: Progress):
-        self._prepared, self._folder, self.progress = prepared, folder, progress
+    def __init__(
+        self,
+        prepared: Prepared,
+        folder: RunFolder,
+        earlier: Sequence[Mapping[str, Any]],
+        progress: Progress,
+        sample: Callable[[Arrays], Sequence[Sample]] = lambda adapters: (),
+    ):
+        self._prepared, self._folder, self.progress, self._sample = prepared, folder, progress, sample
         job, is_shown = prepared.job, is_main()
         self._training = job.config.training
         self._metrics = MetricsLog(folder.path if is_shown else None, job.config.logging, earlier)
@@ -113,9 +123,12 @@ class Recorder:
         flops = step_flops(job.family, job.arch, job.spec, counts)
         return Stretch(1, int(counts.num_supervised), int(counts.num_tokens), num_places, flops)
 
-    def evaluate(self, step: int, evaluate: Callable[[], float | None]) -> bool:
+    def evaluate(self, step: int, adapters: Arrays, evaluate: Callable[[Arrays], float | None]) -> bool:
         """Evaluates and writes that down, if anything is held out; returns whether it is the best loss yet."""
-        loss = evaluate()
+        loss = evaluate(adapters)
+        for i, sample in enumerate(self._sample(adapters)):
+            self._metrics.write_text(step, f"sample/{i}", sample.describe())
+            log.info("after %d steps: %s", step, sample.describe())
         if loss is not None:
             self._metrics.write(step, {"eval_loss": loss})
             log.info("evaluation loss after %d steps: %.4f", step, loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,8 +52,13 @@ class Subject:
     """A base model, and the adapters to look at; all share the base."""
 
     job: Job  # of the first adapter
-    tokenizer: Tokenizer
+    directory: Path | None  # of the small files of the base
     adapters: tuple[Adapter, ...]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of the model; raises UserError where there is none."""
+        return open_tokenizer(self.job.config, self.directory, self.job.arch.vocab_size)
 
     def load_base(self) -> Arrays:
         """Reads the frozen weights."""
@@ -85,7 +91,7 @@ class Subject:
 
 
 def open_subject(config: Config, mesh: Mesh, places: Sequence[Path | None]) -> Subject:
-    """Reads the adapters, and opens the tokenizer; no weight of the base is read.
+    """Reads the adapters; no weight of the base is read.
 
     Args:
       config: names the base, and how it is run.
@@ -99,7 +105,7 @@ def open_subject(config: Config, mesh: Mesh, places: Sequence[Path | None]) -> S
     job = build_job(config, mesh, directory)
     set_precision(job)
     adapters = tuple(read_adapter(job, place, directory) for place in places)
-    return Subject(adapters[0].job, open_tokenizer(config, directory, job.arch.vocab_size), adapters)
+    return Subject(adapters[0].job, directory, adapters)
 
 
 def read_adapter(job: Job, place: Path | None, directory: Path | None) -> Adapter:

@@ -20,7 +20,7 @@ from adaptax.checkpoint import Saver, Writer, check_room, gather, restore
 from adaptax.config import UserError, micro_batch
 from adaptax.data.chat import last_request
 from adaptax.data.tokenizer import Tokenizer
-from adaptax.evaluate import Answers, build_answer, evaluate_loss
+from adaptax.evaluate import Answers, build_answer, build_sample, evaluate_loss
 from adaptax.export import save_peft_adapter
 from adaptax.generate import Generator
 from adaptax.lora import Arrays
@@ -68,7 +68,8 @@ def run(start: Start, mesh: Mesh, folder: RunFolder, stop: StopSignals) -> float
         jax.tree.map(lambda array: array.delete(), prepared.state)
     writer = Writer(dataclasses.asdict(config), identity, functools.partial(save_peft, prepared.job))
     saver = Saver(folder, config.checkpoint, writer, state)
-    recorder = Recorder(prepared, folder, *read_past(start, manifest, folder))
+    sample = build_sample(generator, base, prepared.feed.held_out, prepared.tokenizer, config)
+    recorder = Recorder(prepared, folder, *read_past(start, manifest, folder), sample)
     try:
         stop.hold()
         if manifest and not start.is_fork:  # a kill may have come between the checkpoint and these
@@ -108,7 +109,7 @@ def train_loop(
     first = step = int(state.step)
     number = 0
     is_due = recorder.progress.eval_step != first and is_evaluated(first, job)  # a signal may have cut it short
-    if is_due and recorder.evaluate(first, functools.partial(evaluate, state.adapters)):
+    if is_due and recorder.evaluate(first, state.adapters, evaluate):
         recorder.save(first, state, saver)
     last = min(job.num_steps, first + (training.stop_after_steps or job.num_steps))
     last = first if recorder.is_exhausted else last
@@ -128,7 +129,7 @@ def train_loop(
                 is_best = False
                 if is_evaluated(step, job) and not number:
                     try:
-                        is_best = recorder.evaluate(step, functools.partial(evaluate, state.adapters))
+                        is_best = recorder.evaluate(step, state.adapters, evaluate)
                     except Interrupted as interrupted:
                         number = interrupted.number
                 is_over |= number > 0 or recorder.is_exhausted

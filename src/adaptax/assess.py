@@ -7,17 +7,19 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
+from rich.text import Text
 
 from adaptax.answer_config import metrics_of
 from adaptax.config import Config, UserError
+from adaptax.data.catalog import check_sources
 from adaptax.data.feed import read_rows
 from adaptax.data.packing import choose_buckets
 from adaptax.data.pipeline import BatchSource, Dataset, load_held_out
@@ -86,8 +88,10 @@ def evaluate(options: EvaluateOptions, config: Config, mesh: Mesh, places: Seque
       UserError: there are no rows, or an expected answer is none that the metric could find.
     """
     out = None if options.out is None else check_new_file(options.out)
+    summary = None if out is None else check_new_file(str(out.with_suffix(".summary.json")))
+    config = check_rows(config)
     subject = open_subject(config, mesh, places)
-    data = find_rows(options, config, subject.tokenizer)
+    data = read_held_out(options.run, config, subject.tokenizer)
     answers = find_answers(data, config, subject.tokenizer)
     base = subject.load_base()
     scores = [score_rows(adapter, base, data, config) for adapter in subject.adapters]
@@ -98,22 +102,39 @@ def evaluate(options: EvaluateOptions, config: Config, mesh: Mesh, places: Seque
             grade_answers(subject, adapter, base, answers, score)
     summaries = [score.summarize(scores[0] if i else None) for i, score in enumerate(scores)]
     show(summaries)
-    if out is not None:
-        write_predictions(out, data, subject.tokenizer, answers, scores)
-        write_text(out.with_suffix(".summary.json"), json.dumps(summaries, indent=1) + "\n")
-        log.info("predictions in %s, the table in %s", out, out.with_suffix(".summary.json"))
+    if out is not None and summary is not None:
+        lines = describe_rows(data, subject.tokenizer, answers, scores)
+        try:
+            write_text(out, "".join(to_json(line) + "\n" for line in lines))
+            write_text(summary, to_json(summaries, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{error.filename or out} cannot be written: {error.strerror}") from None
+        log.info("predictions in %s, the table in %s", out, summary)
     return scores
 
 
-def find_rows(options: EvaluateOptions, config: Config, tokenizer: Tokenizer) -> Dataset:
-    """The rows of ``data``, or those that the run has held out."""
+def check_rows(config: Config) -> Config:
+    """The configuration with the sources alone that are read: with ``data.eval`` nothing needs the training rows.
+
+    Raises:
+      UserError: none is named, or one is not there.
+    """
+    if config.data.eval is not None:
+        config = replace(config, data=replace(config.data, train=None, mixture=None, streaming=False))
+    elif config.data.train is None and config.data.mixture is None:
+        raise UserError("no rows to evaluate on: set data=FILE, or run=DIR of a run that has held some out")
+    check_sources(config)
+    return config
+
+
+def read_held_out(run: str | None, config: Config, tokenizer: Tokenizer) -> Dataset:
+    """The rows of ``data.eval``, or those that the run has held out of its training rows."""
     if config.data.eval is not None:
         return load_held_out(config.data, tokenizer)
-    if config.data.train is None and config.data.mixture is None:
-        raise UserError("no rows to evaluate on: set data=FILE, or run=DIR of a run that has held some out")
     data = read_rows(config, tokenizer).held_out
     if not len(data.examples):
-        raise UserError(f"run={options.run} has held no rows out (data.eval_fraction): set data=FILE")
+        where = "" if run is None else f"run={run}: "
+        raise UserError(f"{where}no rows are held out (data.eval, data.eval_fraction): set data=FILE")
     return data
 
 
@@ -146,7 +167,13 @@ def find_answers(data: Dataset, config: Config, tokenizer: Tokenizer) -> list[An
                 )
         answers.append(Answer(row, example.tokens[:start].tolist(), expected))
     if not answers:
-        raise UserError(f"evaluation.metric={metrics[0]}: no row has an answer that ends within data.max_length")
+        raise UserError(
+            f"evaluation.metric={metrics[0]}: no row ends in an answer that is whole and trained alone: documents have "
+            "none, data.supervise=all trains the questions too, and data.max_length cuts"
+        )
+    wanted = min(len(data.examples), evaluation.num_rows or len(data.examples))
+    if len(answers) < wanted:
+        log.warning("answers are generated for %d of %d rows: others end in none that is whole", len(answers), wanted)
     return answers
 
 
@@ -169,6 +196,10 @@ def score_rows(adapter: Adapter, base: Arrays, data: Dataset, config: Config) ->
             told = time.monotonic()
             left = (told - started) / (k + 1) * (batches.steps_per_epoch - k - 1)
             log.info("%s: %d of %d batches scored, %.0f s left", adapter.name, k + 1, batches.steps_per_epoch, left)
+    bad = np.flatnonzero(~np.isfinite(losses))
+    if len(bad):
+        place = data.examples.place(int(bad[0]))
+        log.warning("%s: the loss of %d rows is not finite, the first is %s", adapter.name, len(bad), place)
     return Scores(adapter.name, losses, counts, right)
 
 
@@ -195,35 +226,36 @@ def grade_answers(subject: Subject, adapter: Adapter, base: Any, answers: Sequen
             GRADES[metric](given, answer.expected, config.evaluation)
             for given, answer in zip(scores.generated, answers, strict=True)
         ]
-    log.info("%s: %s", adapter.name, generator.rates.describe())
+    if rates := generator.rates.describe():
+        log.info("%s: %s", adapter.name, rates)
 
 
 def show(summaries: Sequence[dict[str, Any]]) -> None:
     """The table."""
-    table = Table(title=f"{summaries[0]['rows']} rows, {summaries[0]['tokens']:,} trained tokens; 95% intervals")
-    for name in ("", *(summary["adapter"] for summary in summaries)):
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
-    names = [name for name in summaries[-1] if f"{name}_interval" in summaries[-1]]
-    for name in names:
-        table.add_row(name.replace("_", " "), *(_cell(summary, name) for summary in summaries))
+    table = Table("95% intervals", title=f"{summaries[0]['rows']} rows, {summaries[0]['tokens']:,} trained tokens")
+    for summary in summaries:
+        table.add_column(Text(summary["adapter"]), justify="right", overflow="fold")
+    for name in (name for name in summaries[-1] if f"{name}_interval" in summaries[-1]):
+        label = name.replace("_", " ") + (f", {summaries[-1][f'{name}_rows']} rows" if name in GRADES else "")
+        table.add_row(label, *(Text(_show_cell(summary, name)) for summary in summaries))
     log_table(table)
 
 
-def _cell(summary: dict[str, Any], name: str) -> str:
+def _show_cell(summary: dict[str, Any], name: str) -> str:
     if name not in summary:
         return ""
     low, high = summary[f"{name}_interval"]
-    form = "{:.1%}" if name == "token_accuracy" or name in GRADES else "{:+.4f}" if "change" in name else "{:.4f}"
+    form = {"token_accuracy": "{:.1%}", "perplexity": "{:.5g}", "loss_change": "{:+.4f}"}.get(name, "{:.4f}")
+    form = "{:.1%}" if name in GRADES else form
     interval = "" if math.isnan(low) else f" [{form.format(low)}, {form.format(high)}]"
     return form.format(summary[name]) + interval
 
 
-def write_predictions(
-    out: Path, data: Dataset, tokenizer: Tokenizer, answers: Sequence[Answer], scores: Sequence[Scores]
-) -> None:
-    """A line for each row: where it is from, and what each adapter makes of it."""
+def describe_rows(
+    data: Dataset, tokenizer: Tokenizer, answers: Sequence[Answer], scores: Sequence[Scores]
+) -> Iterator[dict[str, Any]]:
+    """Of each row: where it is from, and what each adapter makes of it."""
     number = {answer.row: i for i, answer in enumerate(answers)}
-    lines = []
     for row in range(len(data.examples)):
         line: dict[str, Any] = {"row": data.examples.place(row)}
         i = number.get(row)
@@ -235,5 +267,17 @@ def write_predictions(
             if i is not None:
                 said |= {"generated": score.generated[i]} | {name: grades[i] for name, grades in score.grades.items()}
             line["adapters"][score.name] = said
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_text(out, "".join(lines))
+        yield line
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON, which knows no NaN: such numbers are null."""
+    return json.dumps(_without_nan(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

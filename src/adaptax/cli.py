@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from adaptax.compose import (
 )
 from adaptax.config import Config, UserError
 from adaptax.manifest import list_checkpoints
+from adaptax.options import option_names
 from adaptax.redact import redact
 from adaptax.resume import Start, bring_config, find_start, how_to_resume, join_start, share_start
 from adaptax.resume import read_config as read_saved_config
@@ -70,7 +71,7 @@ def main() -> None:
         else:
             jobs = {"preview": _preview_job, "plan": _plan_job, "train": lambda: _train}
             job = jobs[command]() if command in jobs else build_job(command)
-            _run_hydra(job, [] if command == "train" else NO_FOLDER)
+            _run_hydra(job, [] if command == "train" else NO_FOLDER, option_names(command))
     except UserError as error:
         fail(str(error))
     except Interrupted as interrupted:
@@ -80,12 +81,12 @@ def main() -> None:
         sys.exit(130)
 
 
-def _run_hydra(job: Callable[[DictConfig], Any], added: list[str]) -> None:
-    """Composes the configuration of the command line and calls the job with it."""
+def _run_hydra(job: Callable[[DictConfig], Any], added: list[str], options: Iterable[str]) -> None:
+    """Composes the configuration of the command line and calls the job with it; ``options`` are the command's own."""
     teach_hydra()
     try:
-        arguments = check_arguments(sys.argv[1:])
-        sys.argv[1:] = arguments + added + ([] if added else find_run_folder(arguments))
+        arguments = check_arguments(sys.argv[1:], options)
+        sys.argv[1:] = (added or find_run_folder(arguments)) + arguments  # flags last: none between the overrides
         hydra.main(version_base="1.3", config_path=find_conf(), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         if any(frame.f_code is job.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):

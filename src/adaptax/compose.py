@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +131,23 @@ def check_no_code(values: Any, where: str = "") -> None:
         check_no_code(value, path)
 
 
-def check_arguments(arguments: list[str]) -> list[str]:
+def read_flags(arguments: Sequence[str]) -> Any:
+    """Hydra's own flags; ``overrides`` are the arguments between them."""
+    return get_args_parser().parse_intermixed_args(list(arguments))
+
+
+def check_arguments(arguments: list[str], options: Iterable[str] = ()) -> list[str]:
     """The arguments with the overrides in one piece, as Hydra wants them: a flag may stand between them.
 
-    Refuses unknown keys (Hydra would take them after a ``+``), secrets, and what would unpickle a file.
+    Refuses unknown keys (Hydra would take them after a ``+``), secrets, and what would unpickle a file. ``options`` of
+    the command have been taken out; one of them may have been meant.
     """
     secret = next((argument for argument in arguments if _holds_secret(argument)), None)
     if secret:
         name = f"{redact(secret.partition('=')[0])}: " if "=" in secret else ""
         raise UserError(f"{name}secrets do not go on the command line, where runs record them; set HF_TOKEN")
     arguments = [_quote_patterns(argument) for argument in arguments]
-    flags = get_args_parser().parse_intermixed_args(arguments)
+    flags = read_flags(arguments)
     if flags.experimental_rerun is not None:
         raise UserError("--experimental-rerun reads a pickle and is not supported; use the run's config.yaml instead")
     known = key_paths()
@@ -153,7 +160,7 @@ def check_arguments(arguments: list[str]) -> list[str]:
         if _MAPPED.match(key):
             continue
         if key.partition(".")[0].partition("/")[0] != "hydra" and key not in GROUPS and key not in known:
-            raise UserError(unknown_key(key, [*known, "experiment"]))
+            raise UserError(unknown_key(key, [*options, *known, "experiment"]))
         if key in GROUPS and not override.is_delete() and isinstance(override.value(), (int, float, type(None))):
             raise UserError(f"{key}={override.get_value_string()}: it must name a file of conf/{key}")
     others = [a for a in arguments if a not in flags.overrides]
@@ -172,7 +179,7 @@ def find_run_folder(arguments: list[str]) -> list[str]:
 
     Where it names a step, a new folder is begun, under the name of the run that the step is of.
     """
-    flags = get_args_parser().parse_intermixed_args(arguments)
+    flags = read_flags(arguments)
     given = {o.key_or_group: o for o in OverridesParser.create().parse_overrides(flags.overrides)}
     resume = given["checkpoint.resume"].value() if "checkpoint.resume" in given else None
     if flags.multirun or "hydra.run.dir" in given or not isinstance(resume, (str, QuotedString)):

@@ -66,7 +66,8 @@ class Rates:
             ("prompts", self.prompt_tokens, self.prompt_seconds),
             ("answers", self.new_tokens, self.new_seconds),
         ):
-            parts += [f"{name} {count / seconds:.3g} tokens/s"] if seconds else []
+            rate = count / seconds if seconds else 0.0
+            parts += [f"{name} {rate:,.0f} tokens/s" if rate >= 100 else f"{name} {rate:.3g} tokens/s"] if rate else []
         return ", ".join(parts)
 
 

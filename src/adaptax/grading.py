@@ -6,14 +6,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from adaptax.answer_config import EvaluationConfig
 
 Z = 1.959964  # of an interval that holds 95% of a normal distribution
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+")
+# A sign counts where no word or number goes before it: "5-7" ends in 7.
+_NUMBER = re.compile(r"(?:(?<![\w.)])[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?```", re.DOTALL)
 
 
@@ -31,7 +31,7 @@ def regex(given: str, expected: str, config: EvaluationConfig) -> bool:
 def json_equal(given: str, expected: str, config: EvaluationConfig) -> bool:
     """The same JSON value: order of keys and layout do not count. A fence of Markdown around it is taken off."""
     found, wanted = read_json(given), read_json(expected)
-    return found is not None and wanted is not None and _canonical(found[0]) == _canonical(wanted[0])
+    return found is not None and found == wanted
 
 
 def numeric(given: str, expected: str, config: EvaluationConfig) -> bool:
@@ -57,30 +57,27 @@ def why_not(metric: str, expected: str) -> str | None:
     return None
 
 
-def read_json(text: str) -> tuple[Any] | None:
-    """The JSON value that a text is, in a tuple; None where it is none."""
+def read_json(text: str) -> str | None:
+    """The JSON value that a text is, as a text that equal values share; None where it is none.
+
+    1 and 1.0 are equal, 1 and true are not.
+    """
     fenced = _FENCE.search(text)
     try:
-        return (json.loads(fenced[1] if fenced else text),)
+        return json.dumps(json.loads(fenced[1] if fenced else text, parse_float=_read_float), sort_keys=True)
     except (ValueError, RecursionError):
         return None
 
 
+def _read_float(text: str) -> float:
+    number = float(text)
+    return int(number) if number.is_integer() else number
+
+
 def last_number(text: str) -> float | None:
     """The last number in a text; commas between thousands are left out."""
-    found = _NUMBER.findall(text)
+    found = _NUMBER.findall(text.replace("\N{MINUS SIGN}", "-"))
     return float(found[-1].replace(",", "")) if found else None
-
-
-def _canonical(value: Any) -> str:
-    """A text that equal values share: 1 and 1.0 are equal, 1 and true are not."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{json.dumps(k)}:{_canonical(v)}" for k, v in sorted(value.items())) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_canonical, value)) + "]"
-    return json.dumps(value)
 
 
 def mean_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, TypeVar
 
@@ -78,51 +78,59 @@ OPTIONS: dict[str, type] = {
 }
 
 
-def take_options(cls: type[T], arguments: Sequence[str], is_choice: Any) -> tuple[T, list[str]]:
+def option_names(command: str) -> list[str]:
+    """What a command takes beside the keys of a run."""
+    return [f.name for f in dataclasses.fields(OPTIONS[command])] if command in OPTIONS else []
+
+
+def take_options(cls: type[T], arguments: Sequence[str], is_choice: Callable[[str], bool]) -> tuple[T, list[str]]:
     """(the options of a command, the other arguments). An argument without ``=`` is the run's folder.
 
     Args:
       cls: one of OPTIONS.
-      arguments: of the command line.
+      arguments: of the command line, without flags.
       is_choice: whether ``data=NAME`` is a file of ``conf/data``, and not of rows.
 
     Raises:
-      UserError: an option that is given twice, or is none of those it may be.
+      UserError: an option that is given twice or is empty, or has a value that it may not have.
     """
-    import yaml
-
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    hints = {f.name: str(f.type) for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     given: dict[str, Any] = {}
     rest: list[str] = []
     for argument in arguments:
         name, equals, text = argument.partition("=")
-        if not equals and not argument.startswith("-") and "run" in names:
+        name = name.lstrip("+")  # as Hydra wants it before keys that it does not know
+        if not equals and "run" in hints:
             name, text = "run", argument
-        elif not equals or name not in names or (name == "data" and is_choice(text)):
+        elif not equals or name not in hints or (name == "data" and is_choice(text)):
             rest.append(argument)
             continue
         if name in given:
             raise UserError(f"{name} is given twice: {given[name]} and {text}")
-        given[name] = _read(cls, name, text, yaml)
+        if not text.strip("'\" "):
+            raise UserError(f"{name}= is empty: give it a value, or leave it out")
+        given[name] = _read(name, text, is_text="str" in hints[name])
     problems: list[str] = []
-    values = {name: DEFAULTS.get(name) for name in names} | given
+    values = {name: DEFAULTS.get(name) for name in hints} | given
     options = build_group(cls, values, problems)
     if problems:
         raise UserError("; ".join(problems))
     return options, rest
 
 
-def _read(cls: type, name: str, text: str, yaml: Any) -> Any:
-    """Texts are taken as they stand; other values are YAML, ``null`` among them."""
-    hints = {f.name: f.type for f in dataclasses.fields(cls)}
-    if text in ("null", ""):
+def _read(name: str, text: str, *, is_text: bool) -> Any:
+    """Texts are taken as they stand, but for quotes around all; other values are YAML. ``null`` is none."""
+    import yaml
+
+    if text == "null":
         return None
-    if "str" in str(hints[name]):
-        return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    if is_text:
+        is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" and text[0] not in text[1:-1]
+        return text[1:-1] if is_quoted else text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(f"{name}={text}: it cannot be read") from None
+        raise UserError(f"{name}={text}: it cannot be read; is a bracket or a quote not closed?") from None
 
 
 def describe_options(cls: type) -> Iterable[tuple[str, str]]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from adaptax.checking import read_config
-from adaptax.compose import find_conf, given_keys, to_plain
+from adaptax.compose import find_conf, given_keys, read_flags, to_plain
 from adaptax.config import Config, UserError
 from adaptax.manifest import step_of
 from adaptax.options import OPTIONS, describe_options, take_options
@@ -39,9 +41,13 @@ def build_job(command: str) -> Callable[[Any], None]:
         allow_abbrev=False,
     )
     _, arguments = parser.parse_known_args(sys.argv[1:])
-    if {"-m", "--multirun"} & set(arguments):
+    flags = read_flags(arguments)
+    if flags.multirun:
         raise UserError(f"adaptax {command} looks at one configuration: leave --multirun out")
-    options, sys.argv[1:] = take_options(OPTIONS[command], arguments, _is_choice_of_data)
+    options, overrides = take_options(OPTIONS[command], flags.overrides, _is_choice_of_data)
+    if flags.cfg and options.run is not None:
+        raise UserError("--cfg shows what is given here alone: look at the run's config.yaml, or leave run out")
+    sys.argv[1:] = overrides + [argument for argument in arguments if argument not in flags.overrides]
 
     def job(cfg: Any) -> None:
         try:
@@ -49,6 +55,9 @@ def build_job(command: str) -> Callable[[Any], None]:
             _COMMANDS[command](options, config, places)
         except UserError as error:
             fail(str(error))
+        except BrokenPipeError:  # who read the answers has left: so do we, and Python's last flush finds no pipe
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
 
     return job
 
@@ -62,10 +71,13 @@ def resolve(options: Any, values: dict[str, Any], given: Sequence[str]) -> tuple
       given: the keys that were given on the command line; others are those of the run, if there is one.
 
     Raises:
-      UserError: the run or an adapter is not there.
+      UserError: the run or an adapter is not there, or a key is given that only the adapter can say.
     """
     from adaptax.subject import find_adapter
 
+    for key in given:
+        if key.startswith("model.lora_") or key in ("model.use_rslora", "model.init_adapter"):
+            raise UserError(f"{key} is of a training: here the adapter says it; leave it out, and set adapter=DIR")
     folder, names = None, _adapter_names(options)
     if options.run is not None:
         folder = Path(options.run).expanduser()
@@ -79,9 +91,19 @@ def resolve(options: Any, values: dict[str, Any], given: Sequence[str]) -> tuple
     values["checkpoint"] = values["checkpoint"] | {"resume": "auto"}
     values["model"] = values["model"] | {"init_adapter": None}
     places = [find_adapter(folder, name) for name in names]
+    if folder is None and not any(key.partition(".")[0] == "model" for key in given):
+        _suggest_run(places)
     if getattr(options, "compare", None) == "base" and None not in places:
         places.insert(0, None)
     return read_config(values, is_trained=False), list(dict.fromkeys(places))
+
+
+def _suggest_run(places: Sequence[Path | None]) -> None:
+    """Refuses an adapter of a run where nothing says which base it goes with."""
+    for place in filter(None, places):
+        for folder in place.absolute().parents[:2]:
+            if RunFolder(folder).config.is_file():
+                raise UserError(f"{place} is of a run, which knows its base: set run={folder} too, or model=NAME")
 
 
 def _adapter_names(options: Any) -> list[str | None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +16,18 @@ from jax.sharding import Mesh
 
 from adaptax.adapter_files import adopt, open_adapter, read_arrays
 from adaptax.checkpoint import gather, restore
-from adaptax.config import Config, UserError, build
+from adaptax.config import Config, ModelConfig, OptimizerConfig, UserError
 from adaptax.data.tokenizer import Tokenizer, open_tokenizer
 from adaptax.job import Job, build_job, set_precision
 from adaptax.lora import Arrays, build_model, describe_adapters, init_adapters
-from adaptax.manifest import Damaged, read_checkpoint, step_of
+from adaptax.manifest import Damaged, list_checkpoints, read_checkpoint, step_of
 from adaptax.memory import describe_base, free_bytes, local_bytes, show_bytes
-from adaptax.models import find_source
+from adaptax.models import find_architecture, find_source
 from adaptax.models.cache import cache_shapes
 from adaptax.models.hub import SMALL_FILES, fetch_files
 from adaptax.optim import build_optimizer
 from adaptax.run_folder import RunFolder
+from adaptax.schema import build_group
 from adaptax.step import Program, init_state
 from adaptax.weights import load_weights
 
@@ -119,6 +122,8 @@ def read_adapter(job: Job, place: Path | None, directory: Path | None) -> Adapte
         arrays = read_arrays(files, job.family.checkpoint, job.arch)
         model = replace(adopt(job.config.model, files, job.arch), lora_dropout=files.dropout)
         job = build_job(replace(job.config, model=model), job.mesh, directory)
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        log.warning("adapter %s holds numbers that are not finite: what it says is worth nothing", place)
     log.info("adapter %s: rank %d, %d modules", place, job.spec.rank, sum(map(len, job.spec.layers.values())))
     return Adapter(str(place), job, arrays, build_program(job))
 
@@ -135,18 +140,33 @@ def _read_checkpoint(job: Job, path: Path, directory: Path | None) -> tuple[Job,
     """The adapters of a checkpoint of a run, with the modules and ranks of that run."""
     try:
         manifest = read_checkpoint(path)
-        saved = build(manifest.config).model
+        problems: list[str] = []  # not by build, which looks for files that may have moved
+        saved = build_group(ModelConfig, manifest.config["model"], problems)
+        rule = build_group(OptimizerConfig, manifest.config["optimizer"], problems)
+        if problems:
+            raise Damaged(f"its configuration is of another version of adaptax: {problems[0]}")
+        _check_same_model(job, saved, path)
         names = ("lora_rank", "lora_alpha", "lora_module_path", "lora_dropout")
         names += ("use_rslora", "lora_rank_pattern", "lora_alpha_pattern")
         model = replace(job.config.model, **{name: getattr(saved, name) for name in names})
-        config = replace(job.config, model=model, optimizer=build(manifest.config).optimizer)
-        job = build_job(config, job.mesh, directory)
-        optimizer, _ = build_optimizer(config.optimizer, config.schedule, job.num_steps)
+        job = build_job(replace(job.config, model=model, optimizer=rule), job.mesh, directory)
+        optimizer, _ = build_optimizer(rule, job.config.schedule, job.num_steps)
         fresh = init_adapters(job.family, job.arch, job.spec, job.mesh, 0)
         state = restore(path, manifest, init_state(fresh, optimizer, job.mesh, 0))
     except Damaged as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} cannot be used: {error}") from None
     return job, gather(state.adapters)
+
+
+def _check_same_model(job: Job, saved: ModelConfig, path: Path) -> None:
+    """Refuses a checkpoint of another size, as far as the weights that it was trained on are still where they were."""
+    theirs = None
+    with contextlib.suppress(UserError):
+        theirs = find_architecture(saved)
+    names = ("num_layers", "embed_dim", "mlp_dim", "num_heads", "num_kv_heads", "head_dim")
+    if theirs is not None and any(getattr(theirs, name) != getattr(job.arch, name) for name in names):
+        size = f"{saved.model_family} {saved.model_size}"
+        raise UserError(f"{path} is of another model ({size}): model= must be the one that it was trained on")
 
 
 def find_adapter(run: Path | None, adapter: str | None) -> Path | None:
@@ -169,7 +189,7 @@ def find_adapter(run: Path | None, adapter: str | None) -> Path | None:
             raise UserError(f"{folder.adapters / adapter} is not there: the run has saved no checkpoint")
         return folder.adapters / adapter
     if adapter is not None:
-        return Path(adapter).expanduser()
+        return _find_folder(adapter)
     if folder is None:
         return None
     candidates = (folder.adapter, folder.adapters / "best", folder.adapters / "last")
@@ -181,11 +201,32 @@ def find_adapter(run: Path | None, adapter: str | None) -> Path | None:
     return found
 
 
+def _find_folder(adapter: str) -> Path:
+    path = Path(adapter).expanduser()
+    if path.is_dir():
+        return path
+    if step_of(path) is not None:
+        beside = ", ".join(found.name for found in list_checkpoints(path.parent))
+        raise UserError(f"{path}: no such checkpoint; there are {beside or 'none'}")
+    what = "it is a file; name its folder" if path.exists() else "no such folder"
+    raise UserError(f"adapter={adapter}: {what}. An adapter is a folder, best or last of a run, or none")
+
+
 def check_new_file(name: str) -> Path:
-    """A file that can be written, and is not there yet."""
+    """A file that can be written, and is not there yet.
+
+    Raises:
+      UserError: it is there, or what a try that was cut short has left; or its folder is not there or not writable.
+    """
     path = Path(name).expanduser()
-    if path.exists():
+    partial = path.with_name(f"{path.name}.partial")
+    if os.path.lexists(path):
         raise UserError(f"out={path} is there already: choose another name, or take it away")
-    if not path.absolute().parent.is_dir():
+    if partial.exists():
+        raise UserError(f"{partial} is what an earlier try has left: take it away, or choose another out=")
+    folder = path.absolute().parent
+    if not folder.is_dir():
         raise UserError(f"out={path}: the folder {path.parent} is not there")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"out={path}: the folder {path.parent} cannot be written to")
     return path

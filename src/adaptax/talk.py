@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from adaptax.config import Config, UserError
-from adaptax.data.questions import Question, ask, batches, count_questions, read_questions
+from adaptax.data.questions import Question, ask, batches, measure_questions, read_questions
 from adaptax.data.tokenizer import Tokenizer
 from adaptax.generate import Generator
 from adaptax.lora import Arrays
@@ -26,7 +27,8 @@ from adaptax.weights import take_apart
 log = logging.getLogger(__name__)
 ANSWER, END = "generated", "finish_reason"
 TELL_SECONDS = 10.0
-HELP = "Ctrl-D or /exit ends the chat, /new begins another one"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+HELP = "Ctrl-C ends an answer, Ctrl-D or /exit the chat; /new begins another one"
 
 
 @dataclass
@@ -62,8 +64,7 @@ class Speaker:
         return stream_text(tokens, self.subject.tokenizer)
 
     def answer(self, prompts: list[list[int]], first_row: int) -> list[list[int]]:
-        """The tokens of several answers."""
-        self.check_room(len(prompts), max(map(len, prompts)))
+        """The tokens of several answers, for which there was found to be room."""
         config = self.config.generation
         settings = config.max_new_tokens, read_sampling(config)
         return self.generator.answer(
@@ -89,30 +90,32 @@ def generate(options: GenerateOptions, config: Config, mesh: Mesh, place: Path |
     Raises:
       UserError: a file is not there, is there already, or holds what is no question.
     """
-    if options.prompt is not None and options.data is not None:
-        raise UserError("prompt and data are both given: leave one of them out")
-    out = check_out(options)
+    _check_options(options)
+    out = None if options.out is None else check_new_file(options.out)
     subject = open_subject(config, mesh, [place])
-    first = None
-    if options.prompt is not None:  # a mistake in it is told before weights are read
-        first = ask(begin_chat(options.system, options.prompt), subject.tokenizer)
+    prompt, sizes = None, (0, 0)  # mistakes in questions are told before weights are read
+    if options.prompt is not None:
+        prompt = ask(begin_chat(options.system, options.prompt), subject.tokenizer)
     elif options.data is not None:
-        count_questions(options.data)
+        sizes = measure_questions(config.data, options.data, subject.tokenizer)
     speaker = open_speaker(subject)
-    if options.data is not None and out is not None:
-        answer_file(speaker, options.data, out)
-    elif first is not None:
-        show(speaker.stream(first))
+    if prompt is not None:
+        show(speaker.stream(prompt))
+    elif options.data is not None and out is not None:
+        answer_file(speaker, options.data, out, *sizes)
     else:
         chat(speaker, options.system)
-    log.info("%s", speaker.generator.rates.describe())
+    if rates := speaker.generator.rates.describe():
+        log.info("%s", rates)
 
 
-def check_out(options: GenerateOptions) -> Path | None:
-    """The file to write; refuses one that is there, and answers to a file that would go nowhere."""
+def _check_options(options: GenerateOptions) -> None:
+    if options.prompt is not None and options.data is not None:
+        raise UserError("prompt and data are both given: leave one of them out")
     if (options.data is None) != (options.out is None):
         raise UserError("data=FILE and out=FILE go together: questions from one, answers to the other")
-    return None if options.out is None else check_new_file(options.out)
+    if options.data is not None and options.system is not None:
+        raise UserError("system is of a prompt or a chat: rows of data have a column or a message of their own for it")
 
 
 def open_speaker(subject: Subject) -> Speaker:
@@ -130,35 +133,54 @@ def begin_chat(system: str | None, words: str) -> list[dict[str, str]]:
 
 
 def chat(speaker: Speaker, system: str | None) -> None:
-    """Questions from the terminal, or line by line from a pipe, and answers with all that was said before."""
+    """Questions from the terminal, or line by line from a pipe, and answers with all that was said before.
+
+    In a terminal Ctrl-C ends an answer, which is forgotten with its question, and a mistake does not end the chat.
+    """
     is_terminal = sys.stdin.isatty()
+    speaker.check_room(1, speaker.generator.piece_tokens)  # a short question
     if is_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # arrow keys, and questions to repeat
         print(HELP, file=sys.stderr)
     messages: list[dict[str, str]] = []
-    while True:
-        try:
-            words = (input("> ") if is_terminal else next(sys.stdin)).strip()
-        except (EOFError, StopIteration):
-            return
-        if words == "/exit":
-            return
+    while (words := _read_words(is_terminal)) not in (None, "/exit"):
         if words == "/new":
             messages = []
         if not words or words == "/new":
             continue
         asked = [*messages, {"role": "user", "content": words}] if messages else begin_chat(system, words)
-        with contextlib.ExitStack() as stack:
-            if is_terminal:  # Ctrl-C ends the answer, not the chat
-                stack.enter_context(contextlib.suppress(KeyboardInterrupt))
+        try:
             answer = show(speaker.stream(ask(asked, speaker.subject.tokenizer)))
             messages = [*asked, {"role": "assistant", "content": answer}] if answer.strip() else messages
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print()
+        except UserError as error:
+            if not is_terminal:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+
+
+def _read_words(is_terminal: bool) -> str | None:
+    """The next line without space around it; None where there is none."""
+    try:
+        return (input("> ") if is_terminal else next(sys.stdin)).strip()
+    except EOFError:
+        print()
+    except StopIteration:
+        pass
+    except UnicodeDecodeError as error:
+        raise UserError(f"the standard input is not UTF-8: {error.reason}") from None
+    return None
 
 
 def show(pieces: Iterable[str]) -> str:
-    """Writes an answer as it comes, and returns it whole."""
-    whole = ""
+    """Writes an answer as it comes, and returns it whole; what would steer a terminal is spelled out there."""
+    whole, is_terminal = "", sys.stdout.isatty()
     for piece in pieces:
-        sys.stdout.write(piece)
+        sys.stdout.write(_CONTROL.sub(lambda found: ascii(found[0])[1:-1], piece) if is_terminal else piece)
         sys.stdout.flush()
         whole += piece
     sys.stdout.write("\n")
@@ -181,24 +203,45 @@ def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
         yield rest
 
 
-def answer_file(speaker: Speaker, data: str, out: Path) -> None:
-    """Answers every row of a file, in order; what is there when it is cut short stays in ``out.partial``."""
-    config, total = speaker.config, count_questions(data)
-    partial, done = out.with_name(out.name + ".partial"), 0
+def answer_file(speaker: Speaker, data: str, out: Path, num_rows: int, longest: int) -> None:
+    """Answers every row of a file, in order; what is there when it is cut short stays in ``out.partial``.
+
+    Args:
+      speaker: who answers.
+      data: the file.
+      out: where the answers go.
+      num_rows: of the file.
+      longest: tokens of its longest question.
+
+    Raises:
+      UserError: the longest does not fit the device, or the answers cannot be written.
+    """
+    config, done = speaker.config, 0
+    speaker.check_room(config.generation.batch_size, longest)
+    partial = out.with_name(f"{out.name}.partial")
     started = told = time.monotonic()
     questions = read_questions(config.data, data, speaker.subject.tokenizer)
-    with partial.open("w", encoding="utf-8") as file:
-        for batch in batches(questions, config.generation.batch_size):
-            answers = speaker.answer([question.tokens for question in batch], done)
-            for question, tokens in zip(batch, answers, strict=True):
-                file.write(json.dumps(describe(question, tokens, speaker), ensure_ascii=False) + "\n")
-            file.flush()
-            done += len(batch)
-            if time.monotonic() - told > TELL_SECONDS:
-                told = time.monotonic()
-                left = (told - started) / done * (total - done)
-                log.info("%d of %d rows, %s, %.0f s left", done, total, speaker.generator.rates.describe(), left)
-    partial.rename(out)
+    try:
+        # A half of a surrogate pair, which JSON can spell, is spelled so again.
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for batch in batches(questions, config.generation.batch_size):
+                answers = speaker.answer([question.tokens for question in batch], done)
+                for question, tokens in zip(batch, answers, strict=True):
+                    row = describe(question, tokens, speaker)
+                    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+                file.flush()
+                done += len(batch)
+                if time.monotonic() - told > TELL_SECONDS:
+                    told = time.monotonic()
+                    left = (told - started) / done * (num_rows - done)
+                    rates = speaker.generator.rates.describe()
+                    log.info("%d of %d rows, %s, %.0f s left", done, num_rows, rates, left)
+        partial.rename(out)
+    except BaseException as error:
+        log.warning("%d of %d answers are in %s", done, num_rows, partial)
+        if isinstance(error, OSError):
+            raise UserError(f"{error.filename or partial} cannot be written: {error.strerror}") from None
+        raise
     log.info("%d answers in %s", done, out)
 
 

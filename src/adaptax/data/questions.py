@@ -85,11 +85,11 @@ def ask(messages: Any, tokenizer: Tokenizer, column: str = "messages", system: s
     turns = _read_turns(messages, column, system)
     if turns[-1].role != "model":
         raise UserError(f"{column} must end with a user's turn, or with the answer to one")
-    pieces = render_chat(turns)[:-3]  # without the words of the answer, what closes its turn, and the newline
-    example = encode_rows([pieces], tokenizer)[0]
+    turns[-1] = turns[-1]._replace(content=_MISSING, is_masked=False)
+    example = encode_rows([render_chat(turns, "last_assistant")], tokenizer)[0]
     if isinstance(example, UserError):
         raise example
-    return example.tokens.tolist()
+    return example.tokens[: example.is_trained.argmax()].tolist()
 
 
 def _read_turns(messages: Any, column: str, system: str) -> list[Turn]:

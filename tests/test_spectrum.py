@@ -117,7 +117,7 @@ def test_a_spectrum_in_blocks(values: list[list[float]], blocks: str) -> None:
         ([[9, 1, 0.1, 0.1], [9, 0, 0, 0]], "rank 2 holds 99% of the energy in every module; this adapter has 4"),
         ([[1, 1, 1, 1], [9, 0, 0, 0]], "takes the whole rank in 1 of 2 modules"),
         ([[0, 0], [0, 0]], "nothing learned"),
-        ([[9, 0], [0, 0]], "rank 1 holds 99% of the energy in every module; this adapter has 2; 1 modules"),
+        ([[9, 0], [0, 0]], "rank 1 holds 99% of the energy in every module; this adapter has 2; B is zero in 1 of 2"),
     ],
 )
 def test_the_advice(values: list[list[float]], words: str) -> None:

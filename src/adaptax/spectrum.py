@@ -223,7 +223,7 @@ def advise(spectra: Sequence[Spectrum], energy: float) -> str:
     held = [spectrum.rank_for(energy) for spectrum in learned]
     highest, has = max(held), max(len(spectrum.values) for spectrum in spectra)
     num_full = sum(rank == len(spectrum.values) for rank, spectrum in zip(held, learned, strict=True))
-    words = f"; {len(spectra) - len(learned)} modules have learned nothing" * (len(learned) < len(spectra))
+    words = f"; B is zero in {len(spectra) - len(learned)} of {len(spectra)}" * (len(learned) < len(spectra))
     if num_full and has > 1:
         return (
             f"{_percent(energy)} of the energy takes the whole rank in {num_full} of {len(spectra)} modules "

@@ -27,7 +27,7 @@ from adaptax.generate import Generator
 from adaptax.grading import GRADES, mean_interval, share_interval, why_not
 from adaptax.lora import Arrays
 from adaptax.mesh import shard_batch
-from adaptax.options import EvaluateOptions
+from adaptax.options import EvaluateOptions, InspectOptions
 from adaptax.report import log_table
 from adaptax.run_folder import write_text
 from adaptax.sampling import read_sampling
@@ -105,7 +105,7 @@ def evaluate(options: EvaluateOptions, config: Config, mesh: Mesh, places: Seque
     return scores
 
 
-def find_rows(options: EvaluateOptions, config: Config, tokenizer: Tokenizer) -> Dataset:
+def find_rows(options: EvaluateOptions | InspectOptions, config: Config, tokenizer: Tokenizer) -> Dataset:
     """The rows of ``data``, or those that the run has held out."""
     if config.data.eval is not None:
         return load_held_out(config.data, tokenizer)

@@ -181,11 +181,11 @@ def find_adapter(run: Path | None, adapter: str | None) -> Path | None:
     return found
 
 
-def check_new_file(name: str) -> Path:
-    """A file that can be written, and is not there yet."""
+def check_new_file(name: str, key: str = "out") -> Path:
+    """A file that can be written, and is not there yet; ``key`` is the option that names it."""
     path = Path(name).expanduser()
     if path.exists():
-        raise UserError(f"out={path} is there already: choose another name, or take it away")
+        raise UserError(f"{key}={path} is there already: choose another name, or take it away")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"out={path}: the folder {path.parent} is not there")
+        raise UserError(f"{key}={path}: the folder {path.parent} is not there")
     return path

@@ -30,6 +30,7 @@ from adaptax.compose import check_arguments, find_conf, given_keys, teach_hydra
 from adaptax.config import build, key_paths
 from adaptax.manifest import step_of
 from adaptax.models import FAMILIES
+from adaptax.options import OPTIONS, take_options
 from adaptax.resume import bring_config
 from adaptax.schema import unknown_key
 
@@ -125,7 +126,10 @@ def first_values(overrides: list[str]) -> list[str]:
 
 def compose(arguments: list[str], folder: Path) -> dict[str, Any]:
     """The configuration of a command line's (first) job, as plain values; with what a resumed run brings."""
-    if arguments[0] in NAMES:
+    if arguments[0] in OPTIONS:
+        choices = {path.stem for path in (folder / "conf/data").glob("*.yaml")}
+        _, arguments = take_options(OPTIONS[arguments[0]], arguments[1:], choices.__contains__)
+    elif arguments[0] in NAMES:
         own = argparse.ArgumentParser(allow_abbrev=False)
         for option in {"preview": ("--rows", "--html"), "verify-resume": ("--steps", "--at")}.get(arguments[0], ()):
             own.add_argument(option)
@@ -153,7 +157,7 @@ def test_documented_command_composes(arguments: list[str], folder: Path, monkeyp
     values = compose(arguments, folder)
     if "--cfg" in arguments and values["data"]["train"] is None:
         values["data"]["train"] = "chats.jsonl"  # showing a configuration needs no data
-    config = build(values)
+    config = build(values, is_trained=arguments[0] not in OPTIONS)
     if config.model.model_family in FAMILIES:  # newmodel stands for one that is yet to be written
         checking.check_model(config)
 

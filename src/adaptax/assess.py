@@ -29,7 +29,7 @@ from adaptax.generate import Generator
 from adaptax.grading import GRADES, mean_interval, share_interval, why_not
 from adaptax.lora import Arrays
 from adaptax.mesh import shard_batch
-from adaptax.options import EvaluateOptions
+from adaptax.options import EvaluateOptions, InspectOptions
 from adaptax.report import log_table
 from adaptax.run_folder import write_text
 from adaptax.sampling import read_sampling
@@ -89,9 +89,9 @@ def evaluate(options: EvaluateOptions, config: Config, mesh: Mesh, places: Seque
     """
     out = None if options.out is None else check_new_file(options.out)
     summary = None if out is None else check_new_file(str(out.with_suffix(".summary.json")))
-    config = check_rows(config)
+    check_rows(config)  # before anything is fetched
     subject = open_subject(config, mesh, places)
-    data = read_held_out(options.run, config, subject.tokenizer)
+    data = find_rows(options, config, subject.tokenizer)
     answers = find_answers(data, config, subject.tokenizer)
     base = subject.load_base()
     scores = [score_rows(adapter, base, data, config) for adapter in subject.adapters]
@@ -127,13 +127,14 @@ def check_rows(config: Config) -> Config:
     return config
 
 
-def read_held_out(run: str | None, config: Config, tokenizer: Tokenizer) -> Dataset:
-    """The rows of ``data.eval``, or those that the run has held out of its training rows."""
+def find_rows(options: EvaluateOptions | InspectOptions, config: Config, tokenizer: Tokenizer) -> Dataset:
+    """The rows of ``data``, or those that the run has held out; raises what :func:`check_rows` does."""
+    config = check_rows(config)
     if config.data.eval is not None:
         return load_held_out(config.data, tokenizer)
     data = read_rows(config, tokenizer).held_out
     if not len(data.examples):
-        where = "" if run is None else f"run={run}: "
+        where = "" if options.run is None else f"run={options.run}: "
         raise UserError(f"{where}no rows are held out (data.eval, data.eval_fraction): set data=FILE")
     return data
 

@@ -19,6 +19,7 @@ from adaptax.lora import Arrays, merge_model
 from adaptax.mesh import partition, replicated
 from adaptax.models import Architecture
 from adaptax.models.cache import Cache, make_cache
+from adaptax.models.products import two_rows
 from adaptax.sampling import GREEDY, Sampling, choose_tokens
 from adaptax.step import HEAD, Program
 
@@ -203,10 +204,9 @@ class Generator:
         return max(SMALLEST_CAPACITY, 1 << (width + max_new_tokens - 1).bit_length())
 
     def round_rows(self, num_rows: int) -> int:
-        """Rows as the mesh divides them. CPUs multiply a single row of bfloat16 ten times slower than two."""
-        least = 2 if self._platform == "cpu" and self.program.dtype == jnp.bfloat16 else 1
+        """Rows as the mesh divides them."""
         fsdp = self.program.mesh.shape["fsdp"]
-        return -(-max(num_rows, least) // fsdp) * fsdp
+        return -(-num_rows // fsdp) * fsdp
 
     def _spread(self, state: Decoding) -> Decoding:
         """What the host reads is whole on every device."""
@@ -242,16 +242,17 @@ class Generator:
     ) -> Decoding:
         model, dtype = self._merge(base, adapters), self.program.dtype
         head_VD, rows_B = base[HEAD].astype(dtype), jnp.arange(state.tokens_B.shape[0])
-        last = state.step + num_steps
+        last, is_cpu = state.step + num_steps, self._platform == "cpu"
 
         def is_going(state: Decoding) -> jax.Array:
             return (state.step < last) & ~state.ended_B.all()
 
         def extend(state: Decoding) -> Decoding:
             hidden_BTD, cache = model.extend(state.tokens_B[:, None], state.cache, dtype=dtype)
-            logits_VB = jnp.einsum("VD,BD->VB", head_VD, hidden_BTD[:, 0], preferred_element_type=jnp.float32)
+            hidden_BD = two_rows(hidden_BTD[:, 0]) if is_cpu else hidden_BTD[:, 0]
+            logits_VB = jnp.einsum("VD,BD->VB", head_VD, hidden_BD, preferred_element_type=jnp.float32)
             keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.step)
-            new_B = choose_tokens(logits_VB.T, keys_B, sampling)
+            new_B = choose_tokens(logits_VB.T[: len(rows_B)], keys_B, sampling)
             ended_B = state.ended_B | (new_B == END_OF_TURN) | (new_B == EOS)
             places_B = jnp.where(ended_B, state.written_BS.shape[1], state.counts_B)  # past the end: not written
             written_BS = state.written_BS.at[rows_B, places_B].set(new_B, mode="drop")

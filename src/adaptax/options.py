@@ -88,7 +88,7 @@ def take_options(cls: type[T], arguments: Sequence[str], is_choice: Callable[[st
 
     Args:
       cls: one of OPTIONS.
-      arguments: of the command line, without flags.
+      arguments: of the command line, without Hydra's flags and their values.
       is_choice: whether ``data=NAME`` is a file of ``conf/data``, and not of rows.
 
     Raises:
@@ -100,7 +100,7 @@ def take_options(cls: type[T], arguments: Sequence[str], is_choice: Callable[[st
     for argument in arguments:
         name, equals, text = argument.partition("=")
         name = name.lstrip("+")  # as Hydra wants it before keys that it does not know
-        if not equals and "run" in hints:
+        if not equals and not argument.startswith("-") and "run" in hints:
             name, text = "run", argument
         elif not equals or name not in hints or (name == "data" and is_choice(text)):
             rest.append(argument)

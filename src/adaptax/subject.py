@@ -212,8 +212,8 @@ def _find_folder(adapter: str) -> Path:
     raise UserError(f"adapter={adapter}: {what}. An adapter is a folder, best or last of a run, or none")
 
 
-def check_new_file(name: str) -> Path:
-    """A file that can be written, and is not there yet.
+def check_new_file(name: str, key: str = "out") -> Path:
+    """A file that can be written, and is not there yet; ``key`` is the option that names it.
 
     Raises:
       UserError: it is there, or what a try that was cut short has left; or its folder is not there or not writable.
@@ -221,12 +221,12 @@ def check_new_file(name: str) -> Path:
     path = Path(name).expanduser()
     partial = path.with_name(f"{path.name}.partial")
     if os.path.lexists(path):
-        raise UserError(f"out={path} is there already: choose another name, or take it away")
-    if partial.exists():
-        raise UserError(f"{partial} is what an earlier try has left: take it away, or choose another out=")
+        raise UserError(f"{key}={path} is there already: choose another name, or take it away")
+    if os.path.lexists(partial):
+        raise UserError(f"{partial} is what an earlier try has left: take it away, or choose another {key}=")
     folder = path.absolute().parent
     if not folder.is_dir():
-        raise UserError(f"out={path}: the folder {path.parent} is not there")
+        raise UserError(f"{key}={path}: the folder {path.parent} is not there")
     if not os.access(folder, os.W_OK):
-        raise UserError(f"out={path}: the folder {path.parent} cannot be written to")
+        raise UserError(f"{key}={path}: the folder {path.parent} cannot be written to")
     return path

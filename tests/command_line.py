@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 SCRIPT = Path(__file__).parents[1] / "run_training.py"
 
@@ -16,6 +22,15 @@ WITNESS = """\
 import atexit, pathlib, sys
 atexit.register(lambda: pathlib.Path(__file__).with_name("witness").write_text(str("jax" in sys.modules)))
 """
+
+
+@dataclass(frozen=True)
+class Called:
+    """How a command ended that was called in this process."""
+
+    code: int
+    out: str
+    err: str
 
 
 @dataclass(frozen=True)
@@ -45,3 +60,28 @@ def start_process(home: Path, site: Path, *arguments: str) -> Answer:
     )
     seconds = time.monotonic() - started
     return Answer(done.returncode, done.stdout, done.stderr, seconds, (site / "witness").read_text() == "True")
+
+
+def call(*arguments: str, stdin: str = "") -> Called:
+    """``adaptax`` with these arguments in this process, which saves the seconds of a start."""
+    from adaptax.cli import main
+
+    out, err, root = io.StringIO(), io.StringIO(), logging.getLogger()
+    code, handlers, level = 0, root.handlers[:], root.level
+    with contextlib.ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYDRA_FULL_ERROR", "1")  # the command sets it, and these, for the whole process
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)
+        patch.setattr(logging, "raiseExceptions", True)
+        patch.setattr(ConfigLoaderImpl, "load_configuration", ConfigLoaderImpl.load_configuration)
+        patch.setattr(sys, "argv", ["adaptax", *arguments])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        finally:
+            root.handlers[:] = handlers
+            root.setLevel(level)
+    return Called(code, out.getvalue(), err.getvalue())

@@ -42,6 +42,17 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(ASSETS / "gemma3_tiny" / "tokenizer.model")
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: ``model``, ``rows.jsonl``, ``eval.jsonl`` and ``out``, a run of six steps; not to be changed."""
+    import small_runs
+
+    home = small_runs.write_home(tmp_path_factory.mktemp("trained"))
+    changes = {"checkpoint.every_steps": 3, "training.eval_every_steps": 3, "generation.max_new_tokens": 8}
+    small_runs.train(home / "out", small_runs.make_config(home, changes))
+    return home
+
+
 @pytest.fixture
 def write_jsonl(tmp_path: Path) -> Callable[..., Path]:
     """Rows to a JSONL file: ``write_jsonl(rows, name="rows.jsonl")``. A row that is a text is a raw line."""

@@ -36,7 +36,7 @@ def build_job(command: str) -> Callable[[Any], None]:
         prog=f"adaptax {command}",
         usage=f"adaptax {command} [run=DIR] [option=value ...] [key=value ...]",
         description=DESCRIPTIONS[command],
-        epilog=f"options:\n{described}\nOther keys are those of a run: adaptax --help",
+        epilog=f"option=value:\n{described}\nOther keys are those of a run: adaptax --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

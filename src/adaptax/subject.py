@@ -219,9 +219,9 @@ def check_new_file(name: str, key: str = "out") -> Path:
       UserError: it is there, or what a try that was cut short has left; or its folder is not there or not writable.
     """
     path = Path(name).expanduser()
-    partial = path.with_name(f"{path.name}.partial")
     if os.path.lexists(path):
         raise UserError(f"{key}={path} is there already: choose another name, or take it away")
+    partial = path.with_name(f"{path.name}.partial")
     if os.path.lexists(partial):
         raise UserError(f"{partial} is what an earlier try has left: take it away, or choose another {key}=")
     folder = path.absolute().parent

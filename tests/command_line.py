@@ -72,6 +72,9 @@ def call(*arguments: str, stdin: str = "") -> Called:
         patch.setenv("HYDRA_FULL_ERROR", "1")  # the command sets it, and these, for the whole process
         patch.setattr(sys, "unraisablehook", sys.unraisablehook)
         patch.setattr(logging, "raiseExceptions", True)
+        patch.setattr(
+            logging, "_handlerList", []
+        )  # Hydra has logging close all there were: absl's closes pytest's file
         patch.setattr(ConfigLoaderImpl, "load_configuration", ConfigLoaderImpl.load_configuration)
         patch.setattr(sys, "argv", ["adaptax", *arguments])
         patch.setattr(sys, "stdin", io.StringIO(stdin))

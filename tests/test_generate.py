@@ -57,7 +57,7 @@ def test_greedy_tokens_are_those_of_transformers_far_past_the_window_with_and_wi
 
     plain = Generator(support.make_program(arch, None, mesh), arch).answer(base, {}, prompts, num_tokens)
     adapted = Generator(support.make_program(arch, spec, mesh, train=False), arch)
-    answers = adapted.answer(take_apart(base), adapters, prompts, num_tokens)
+    answers = adapted.answer(take_apart(base, jnp.float32), adapters, prompts, num_tokens)
     for i in (0, 3):
         assert plain[i] == continue_reference(model, prompts[i], num_tokens)
     assert max(map(len, plain)) == num_tokens
@@ -117,11 +117,11 @@ def test_a_quantised_base_answers_as_its_own_logits_say() -> None:
     mesh = support.make_mesh()
     base = support.load(Path(support.find_source_of_tiny()), TINY, mesh, quantization="int8")
     program = support.make_program(TINY, None, mesh)
-    prompt = PROMPTS[1]
+    prompt = PROMPTS[2]
     tokens = list(prompt)
     for _ in range(8):
         tokens.append(int(support.logits(program, base, {}, np.array([tokens]))[0, -1].argmax()))
-    answer = Generator(program, TINY).answer(take_apart(base), {}, [prompt], 8)[0]
+    answer = Generator(program, TINY).answer(take_apart(base, jnp.float32), {}, [prompt], 8)[0]
     assert answer == tokens[len(prompt) : len(prompt) + len(answer)]
     assert len(answer) > 2
 

@@ -186,12 +186,18 @@ def adopt_initial(config: ModelConfig, given: Sequence[str]) -> ModelConfig:
     for name in names:
         if f"model.{name}" in given:
             raise UserError(f"model.{name} is what the adapter in model.init_adapter has: leave it out")
-    path, checkpoint = Path(config.init_adapter).expanduser(), find_family(config.model_family).checkpoint
+    checkpoint, arch = find_family(config.model_family).checkpoint, find_architecture(config)
+    return adopt(config, open_initial(config, checkpoint, arch), arch)
+
+
+def open_initial(config: ModelConfig, checkpoint: ModuleType, arch: Architecture) -> AdapterFiles:
+    """Opens the adapter that ``model.init_adapter`` names; see :func:`open_adapter`."""
+    assert config.init_adapter is not None
+    path = Path(config.init_adapter).expanduser()
     if not path.exists():
-        hint = "a run that has begun goes on without it by checkpoint.resume=FOLDER"
+        hint = "a run that has saved a checkpoint goes on without it by checkpoint.resume=FOLDER"
         raise UserError(f"model.init_adapter={path}: no such folder; {hint}")
-    arch = find_architecture(config)
-    return adopt(config, open_adapter(path, checkpoint, arch), arch)
+    return open_adapter(path, checkpoint, arch)
 
 
 def _pair_up(directory: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, _Pair]:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from adaptax.adapter_files import adopt, open_adapter, read_arrays
+from adaptax.adapter_files import adopt, open_initial, read_arrays
 from adaptax.checkpoint import digest_arrays, read_digests
 from adaptax.choices import choose_micro_batch, compile_fitting, describe_excess, remat_policies
 from adaptax.config import Config, UserError
@@ -121,7 +121,7 @@ def read_initial(job: Job, *, is_resumed: bool) -> Initial:
     if is_resumed and not path.exists():
         log.warning("model.init_adapter=%s is gone: answers before training cannot be told", path)
         return Initial(is_gone=True)
-    files = open_adapter(path, checkpoint, job.arch)
+    files = open_initial(model, checkpoint, job.arch)
     if adopt(model, files, job.arch) != model:
         raise UserError(f"model.init_adapter={path} has other ranks, scales or modules than the run was begun with")
     arrays = read_arrays(files, checkpoint, job.arch)

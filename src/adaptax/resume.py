@@ -65,7 +65,7 @@ INPUTS = {
     "tokenizer": "tokenizer",
     "data": "training rows",
     "eval": "evaluation rows",
-    "initial": "initial adapter",
+    "initial": "initial adapter's files",
 }
 # Of this start alone.
 START_KEYS = ("checkpoint.resume", "training.stop_after_steps")

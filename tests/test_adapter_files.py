@@ -176,20 +176,14 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 KEYS, VALUES = "layers.1.self_attn.k_proj", r"layers\.1\.self_attn.v_proj"
 FOREIGN: dict[str, dict[str, Any]] = {
     "every module": {"target_modules": ALL, "r": 4, "lora_alpha": 10},
-    "queries and values": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8},
-    "ranks and alphas by name, rsLoRA": {
+    "ranks and alphas by name, rsLoRA, two layers": {
         "target_modules": ["k_proj", "v_proj", "up_proj"],
+        "layers_to_transform": [1, 2],
         "r": 4,
         "lora_alpha": 3,
         "use_rslora": True,
         "rank_pattern": {KEYS: 2, f"^model.{VALUES}": 5, "2.mlp.up_proj": 7},
         "alpha_pattern": {".*v_proj": 9, KEYS: 1.5},
-    },
-    "keys and more in one layer": {
-        "target_modules": ["k_proj", "o_proj", "gate_proj"],
-        "r": 2,
-        "lora_alpha": 5,
-        "layers_to_transform": [1],
     },
 }
 

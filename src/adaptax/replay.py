@@ -90,9 +90,8 @@ def find_state(prepared: Prepared, folder: RunFolder, step: int) -> tuple[int, T
         except Damaged as error:
             log.warning("%s is damaged: %s", path, error)
     if not best[0] and prepared.initial.is_gone:
-        raise UserError(
-            f"model.init_adapter={prepared.job.config.model.init_adapter} is gone, and no checkpoint is as old"
-        )
+        name = prepared.job.config.model.init_adapter
+        raise UserError(f"model.init_adapter={name} is gone, and no checkpoint is as old as step {step}")
     return best
 
 

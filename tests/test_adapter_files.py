@@ -24,7 +24,7 @@ from adaptax.checking import read_config
 from adaptax.config import UserError
 from adaptax.export import save_peft_adapter
 from adaptax.job import build_spec
-from adaptax.lora import Arrays, LoraSpec, adapter_shapes, init_adapters, place_adapters
+from adaptax.lora import Arrays, LoraSpec, init_adapters, place_adapters
 from adaptax.models import ASSETS, Architecture
 from adaptax.models.gemma3_weights import SIZES
 from adaptax.peft_settings import CONFIG, TENSORS, read_settings
@@ -32,16 +32,6 @@ from adaptax.prepare import prepare
 
 TINY = SIZES["tiny"]
 PREFIX = "base_model.model.model."
-
-
-def draw(spec: LoraSpec, arch: Architecture, seed: int = 0) -> dict[str, np.ndarray]:
-    """Adapters on the host, zero beyond the ranks of their modules."""
-    rng = np.random.default_rng(seed)
-    drawn = {}
-    for path, (shape, _) in adapter_shapes(support.FAMILY, arch, spec).items():
-        array = 0.1 * rng.standard_normal(shape, np.float32)
-        drawn[path] = np.where(support.beyond_ranks(spec, path), np.float32(0), array)
-    return drawn
 
 
 def read(directory: Path, arch: Architecture) -> tuple[LoraSpec, dict[str, np.ndarray]]:
@@ -78,7 +68,7 @@ SPECS: dict[str, Callable[[Architecture], LoraSpec]] = {
 def test_a_runs_own_adapter_comes_back_to_the_bit(make_spec, is_multimodal: bool, tmp_path: Path) -> None:
     arch = replace(TINY, is_multimodal=is_multimodal)
     spec = make_spec(arch)
-    arrays = draw(spec, arch)
+    arrays = support.draw_adapters(arch, spec)
     save_peft_adapter(tmp_path / "adapter", arrays, spec, support.FAMILY, arch, "google/gemma-3-1b-it")
     found, again = read(tmp_path / "adapter", arch)
     assert found.layers == spec.layers
@@ -95,7 +85,7 @@ def test_a_runs_own_adapter_comes_back_to_the_bit(make_spec, is_multimodal: bool
 
 def test_it_is_laid_on_the_mesh_as_fresh_adapters_are(tmp_path: Path) -> None:
     spec, mesh = support.full_spec(TINY, rank=4, layers=SOME), support.make_mesh(2, 4)
-    arrays = draw(spec, TINY)
+    arrays = support.draw_adapters(TINY, spec)
     placed = place_adapters(support.FAMILY, TINY, spec, mesh, arrays)
     fresh = init_adapters(support.FAMILY, TINY, spec, mesh, 0)
     assert {p: a.sharding for p, a in placed.items()} == {p: a.sharding for p, a in fresh.items()}
@@ -289,7 +279,12 @@ def test_a_run_begins_where_peft_would_and_peft_reads_what_comes_of_it(text: Bas
     for name, num_rows in (("rows", 8), ("eval", 4)):
         small_runs.write_rows(tmp_path / f"{name}.jsonl", num_rows)
     changes = {"model.weights": str(text.directory), "model.init_adapter": str(tmp_path / "theirs")}
-    changes |= {"training.num_batches": 1, "training.exact_match_rows": 0, "optimizer.learning_rate": 1e-3}
+    changes |= {
+        "training.remat": "none",
+        "training.num_batches": 1,
+        "training.exact_match_rows": 0,
+        "optimizer.learning_rate": 1e-3,
+    }
     config = read_config(dataclasses.asdict(small_runs.make_config(tmp_path, changes)))
     feed = prepare(config, support.make_mesh()).feed
     held_out = [feed.eval_batches[k] for k in range(feed.eval_batches.steps_per_epoch)]
@@ -329,7 +324,7 @@ SPELLINGS = ["base_model.model.language_model.model.", "base_model.model.model."
 def test_other_spellings_of_the_same_names_are_the_same_adapter(spelling: str, tmp_path: Path) -> None:
     """As older releases of transformers, vLLM and PEFT's own state in memory have them."""
     spec = support.full_spec(TINY, rank=4)
-    arrays = draw(spec, TINY)
+    arrays = support.draw_adapters(TINY, spec)
     save_peft_adapter(tmp_path, arrays, spec, support.FAMILY, replace(TINY, is_multimodal=True), "base")
     tensors = load_file(tmp_path / TENSORS)
     renamed = {name.replace("base_model.model.model.language_model.", spelling): a for name, a in tensors.items()}
@@ -354,7 +349,7 @@ def test_an_adapter_of_the_vision_tower_is_refused(multimodal: Base, tmp_path: P
 def adapter(tmp_path: Path) -> Path:
     """A small adapter of ours, to be spoiled."""
     spec = support.full_spec(TINY, rank=2, layers={"attn/kv_einsum": (0, 1), "mlp/up_proj": (0,)})
-    save_peft_adapter(tmp_path / "adapter", draw(spec, TINY), spec, support.FAMILY, TINY, "base")
+    save_peft_adapter(tmp_path / "adapter", support.draw_adapters(TINY, spec), spec, support.FAMILY, TINY, "base")
     return tmp_path / "adapter"
 
 
@@ -419,7 +414,7 @@ def test_a_file_that_was_cut_is_refused(num_bytes: int, adapter: Path) -> None:
 def test_an_adapter_of_another_size_is_refused(tmp_path: Path) -> None:
     arch = replace(TINY, embed_dim=64)
     spec = support.full_spec(arch, rank=2)
-    save_peft_adapter(tmp_path, draw(spec, arch), spec, support.FAMILY, arch, "base")
+    save_peft_adapter(tmp_path, support.draw_adapters(arch, spec), spec, support.FAMILY, arch, "base")
     assert "q_proj is 64 to 128, this model's is 128 to 128: model= must be the model" in refusal(tmp_path)
 
 

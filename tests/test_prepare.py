@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -35,7 +34,7 @@ SPEC = LoraSpec({"attn/kv_einsum": (0,), "mlp/up_proj": (0,)}, 3, 6.0, ranks={"l
 def write_adapter(directory: Path, home: Path, seed: int = 0, spec: LoraSpec = SPEC) -> Path:
     """An adapter for the model in a user's folder."""
     arch = find_architecture(support.model_config(home / "model"))
-    arrays = jax.device_get(support.random_adapters(arch, spec, support.make_mesh(), seed))
+    arrays = support.draw_adapters(arch, spec, seed)
     save_peft_adapter(directory, arrays, spec, support.FAMILY, arch, "org/another")
     return directory
 
@@ -51,7 +50,7 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configure(home: Path, adapter: Path | None = None, **changes: Any) -> Config:
     """As the command line makes it of such keys."""
     keys = {"model.init_adapter": str(adapter or home / "adapter"), "training.num_batches": 2}
-    keys |= {"model.lora_dropout": 0.1, "training.exact_match_rows": 4} | changes
+    keys |= {"training.remat": "none", "model.lora_dropout": 0.1, "training.exact_match_rows": 4} | changes
     return read_config(dataclasses.asdict(small_runs.make_config(home, keys)))
 
 

@@ -86,10 +86,8 @@ def read_settings(directory: Path) -> PeftSettings:
         raise UserError(f"{path}: bias={values['bias']!r:.80} trains biases, which Gemma 3 has none of")
     init = values.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
-        raise UserError(
-            f"{path}: init_lora_weights={init:.80}: such an adapter goes with base weights that were changed; save it "
-            "with PEFT's path_initial_model_for_weight_conversion"
-        )
+        fix = "; save it with PEFT's path_initial_model_for_weight_conversion" * (not init.lower().startswith("loftq"))
+        raise UserError(f"{path}: init_lora_weights={init:.80} goes with base weights that were changed{fix}")
     use_rslora, dropout = values.get("use_rslora", False), values.get("lora_dropout", 0.0)
     if not isinstance(use_rslora, bool):
         raise UserError(f"{path}: use_rslora={use_rslora!r:.80} must be true or false")

@@ -27,6 +27,7 @@ FREE |= {"checkpoint.resume", "checkpoint.grace_seconds", "logging.every_steps",
 FREE |= {"logging.tensorboard", "logging.plot", "logging.peak_tflops", "model.attention", "training.remat"}
 FREE |= {"training.memory_gib", "training.compile_cache_gib", "training.profile"}
 FREE |= {"training.global_batch_size"}
+FREE |= {key for key in key_paths() if key.startswith(("generation.", "evaluation."))}
 BY_CONTENT = {"data.train", "data.eval", "model.weights", "model.tokenizer", "model.init_adapter"}
 LAYOUT = {"model.mesh_shape", "training.micro_batch_size", "training.gradient_accumulation_steps"}
 FORK = {"optimizer.learning_rate", "optimizer.max_grad_norm", "optimizer.weight_decay"}

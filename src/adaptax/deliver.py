@@ -156,7 +156,7 @@ def probe(base: Arrays, adapters: Arrays, program: Program) -> np.ndarray:
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         model = merge_model(program.graphdef, base, adapters, program.spec, program.adapter_dtype)
         hidden_BTD = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT), dtype=program.dtype)
-        head_VD = take_rows(base[HEAD], words_V).astype(program.dtype)
+        head_VD = take_rows(base[HEAD], jnp.asarray(words_V)).astype(program.dtype)
         return jnp.einsum("BTD,VD->BTV", hidden_BTD, head_VD, preferred_element_type=jnp.float32)
 
     tokens_BT = np.random.default_rng(PROBE_SEED).integers(0, num_words, PROBE_SHAPE, dtype=np.int32)

@@ -54,7 +54,7 @@ def build_ours(directory: Path, adapter: Path, dtype: str, *, is_adapted: bool) 
     kind = jnp.dtype(dtype)
     described = describe_weights(directory, arch, family.checkpoint, mesh, kind)
     base = dict(load_weights(directory, arch, family.checkpoint, described, seed=0))
-    base = take_apart({path: array.astype(kind) for path, array in base.items()})
+    base = take_apart(base, kind)
     used = spec if is_adapted else None
     program = Program(build_model(family, arch, used, mesh, train=False, remat="none"), used, kind, mesh)
     generator, given = Generator(program, arch), adapters if is_adapted else {}

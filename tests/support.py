@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from adaptax import config as cfg
-from adaptax.lora import Arrays, LoraSpec, build_model, init_adapters, merge_model
+from adaptax.lora import Arrays, LoraSpec, adapter_shapes, build_model, init_adapters, merge_model
 from adaptax.mesh import build_mesh, shard_batch
 from adaptax.models import Architecture, Family, find_architecture, find_family, find_source
 from adaptax.models.gemma3_weights import LINEARS
@@ -111,6 +111,14 @@ def random_adapters(arch: Architecture, spec: LoraSpec, mesh: Mesh, seed: int = 
     keys = dict(zip(adapters, jax.random.split(jax.random.key(seed + 1), len(adapters)), strict=True))
     noise = {p: 0.05 * jax.random.normal(keys[p], a.shape) * p.endswith("_b") for p, a in adapters.items()}
     return {p: a + jnp.where(beyond_ranks(spec, p), 0.0, noise[p]) for p, a in adapters.items()}
+
+
+def draw_adapters(arch: Architecture, spec: LoraSpec, seed: int = 0) -> dict[str, np.ndarray]:
+    """The same on the host, as a run hands them over to be written."""
+    rng = np.random.default_rng(seed)
+    shapes = {path: shape for path, (shape, _) in adapter_shapes(FAMILY, arch, spec).items()}
+    drawn = {path: 0.1 * rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
+    return {path: np.where(beyond_ranks(spec, path), np.float32(0), array) for path, array in drawn.items()}
 
 
 def random_batch(

@@ -184,7 +184,7 @@ def test_custom_model_from_a_folder_of_ones_own(tmp_path: Path) -> None:
     rest = compose()["model"]
     assert shown["model"] == rest | yaml.safe_load(CUSTOM)
     others = {"lora_dropout", "weights", "tokenizer", "dtype", "quantization", "attention"}
-    others |= {"use_rslora", "lora_rank_pattern", "lora_alpha_pattern"}
+    others |= {"use_rslora", "lora_rank_pattern", "lora_alpha_pattern", "init_adapter"}
     assert set(shown["model"]) - set(yaml.safe_load(CUSTOM)) == others
     assert shown["training"]["num_batches"] == 3
 

@@ -190,11 +190,14 @@ def test_texts_are_nothing_else(values: Values, path: str, value: Any) -> None:
     assert refusal(values) == f"{path} must be a text, not {value!r}"
 
 
+NULLABLE = ("data.eval", "data.mixture", "data.columns", "data.filter", "evaluation.metric")
+
+
 def test_null_only_where_it_means_something(values: Values) -> None:
     for path, hint in leaves().items():
         changed = copy.deepcopy(values)
         put(changed, path, None)
-        if type(None) in typing.get_args(hint) or path in ("data.eval", "data.mixture", "data.columns", "data.filter"):
+        if type(None) in typing.get_args(hint) or path in NULLABLE:
             build(changed)
         else:
             assert path in refusal(changed)

@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
-from adaptax import checking
+from adaptax import checking, subcommands, talk
 from adaptax.compose import COMMANDS as NAMES
 from adaptax.compose import check_arguments, find_conf, given_keys, teach_hydra
 from adaptax.config import build, key_paths
@@ -32,7 +32,7 @@ from adaptax.manifest import step_of
 from adaptax.models import FAMILIES
 from adaptax.options import OPTIONS, take_options
 from adaptax.resume import bring_config
-from adaptax.schema import unknown_key
+from adaptax.schema import UserError, unknown_key
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "adaptax"
@@ -54,9 +54,11 @@ def code_blocks(page: Path, language: str) -> Iterator[tuple[str, str]]:
 
 
 def shell_lines(text: str) -> list[list[str]]:
-    """The commands of a shell block as words, with continued lines joined."""
+    """The commands of a shell block as words, with continued lines joined, and without where their output goes."""
     lines = [part for line in text.replace("\\\n", " ").splitlines() for part in line.split("&&")]
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+    split = [shlex.split(line, comments=True) for line in lines]
+    piped = [list(group) for words in split for is_pipe, group in itertools.groupby(words, "|".__eq__) if not is_pipe]
+    return [words[: words.index(">")] if ">" in words else words for words in piped]
 
 
 def find_arguments(words: list[str]) -> list[str] | None:
@@ -91,7 +93,9 @@ def named_runs() -> set[Path]:
     words = [argument for arguments in COMMANDS.values() for argument in arguments]
     resumed = {value for key, _, value in (word.partition("=") for word in words) if key == "checkpoint.resume"}
     listed = {arguments[1] for arguments in COMMANDS.values() if arguments[0] in OF_A_RUN}
-    return {Path(name) for name in (resumed | listed) - {"auto", "never"}}
+    asked = [words[1:] for words in COMMANDS.values() if words[0] in OPTIONS]
+    runs = {word.removeprefix("run=") for words in asked for word in words if re.match("run=|[^=-][^=]*$", word)}
+    return {Path(name) for name in (resumed | listed | runs) - {"auto", "never"}}
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / path).mkdir(parents=True, exist_ok=True)
         run = folder / path if step_of(path) is None else folder / path.parents[1]
         (run / "config.yaml").write_text("model: {}\ndata: {train: chats.jsonl}\n", encoding="utf-8")
+        for name in ("adapter", "adapters/best", "adapters/last"):
+            (run / name).mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -125,11 +131,8 @@ def first_values(overrides: list[str]) -> list[str]:
 
 
 def compose(arguments: list[str], folder: Path) -> dict[str, Any]:
-    """The configuration of a command line's (first) job, as plain values; with what a resumed run brings."""
-    if arguments[0] in OPTIONS:
-        choices = {path.stem for path in (folder / "conf/data").glob("*.yaml")}
-        _, arguments = take_options(OPTIONS[arguments[0]], arguments[1:], choices.__contains__)
-    elif arguments[0] in NAMES:
+    """The configuration of a command line's (first) job, as plain values."""
+    if arguments[:1] and arguments[0] in NAMES:
         own = argparse.ArgumentParser(allow_abbrev=False)
         for option in {"preview": ("--rows", "--html"), "verify-resume": ("--steps", "--at")}.get(arguments[0], ()):
             own.add_argument(option)
@@ -143,7 +146,20 @@ def compose(arguments: list[str], folder: Path) -> dict[str, Any]:
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    return bring_config(OmegaConf.to_container(cfg, resolve=True), given_keys())  # type: ignore[arg-type]
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def check_command(command: str, arguments: list[str], folder: Path) -> None:
+    """Refuses what a command after training would refuse before it reads an adapter or a weight."""
+    is_choice = lambda name: (folder / "conf/data" / f"{name}.yaml").is_file()  # noqa: E731
+    options, overrides = take_options(OPTIONS[command], arguments, is_choice)
+    _, places = subcommands.resolve(options, compose(overrides, folder), given_keys())
+    if command == "generate":
+        talk.check_out(options)
+    if command == "export":
+        assert options.out is not None
+        assert places != [None]
+        assert options.format == "peft" or not options.uniform
 
 
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS.keys())
@@ -154,12 +170,34 @@ def test_documented_command_composes(arguments: list[str], folder: Path, monkeyp
     if arguments[0] in OF_A_RUN:
         assert not arguments[2:] or arguments[2] == "--step"
         return
-    values = compose(arguments, folder)
+    if arguments[0] in OPTIONS:
+        return check_command(arguments[0], arguments[1:], folder)
+    values = bring_config(compose(arguments, folder), given_keys())
     if "--cfg" in arguments and values["data"]["train"] is None:
         values["data"]["train"] = "chats.jsonl"  # showing a configuration needs no data
-    config = build(values, is_trained=arguments[0] not in OPTIONS)
+    config = build(values)
     if config.model.model_family in FAMILIES:  # newmodel stands for one that is yet to be written
         checking.check_model(config)
+
+
+WRONG = (
+    "generate outputs/support promt=hi",
+    "generate outputs/support prompt=hi model.lora_rnak=4",
+    "generate outputs/support data=questions.jsonl",
+    "generate run=outputs/nowhere",
+    "evaluate outputs/support compare=best",
+    "evaluate outputs/support evaluation.metric=exact",
+    "export run=outputs/support format=onnx out=here",
+    "inspect outputs/support energy=2",
+)
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_wrong_command_would_be_noticed(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    name, *arguments = command.split()
+    with pytest.raises(UserError):
+        check_command(name, arguments, folder)
 
 
 SWEEPS = [a for a in COMMANDS.values() if "--multirun" in a[1:]]

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import checkpoints
 import support
 from adaptax.export import make_uniform, save_peft_adapter
-from adaptax.lora import LoraSpec, adapter_shapes
+from adaptax.lora import LoraSpec
 from adaptax.models.gemma3_weights import LINEARS, SIZES
 
 
@@ -84,18 +84,10 @@ def test_peft_loads_the_adapter_and_computes_the_same_logits(build, make_spec, t
     assert np.abs(ours - plain).max() > 1e-2
 
 
-def draw_adapters(spec: LoraSpec, arch) -> dict[str, np.ndarray]:
-    """On the host, as a run hands them over."""
-    rng = np.random.default_rng(3)
-    shapes = {path: shape for path, (shape, _) in adapter_shapes(support.FAMILY, arch, spec).items()}
-    drawn = {path: 0.1 * rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
-    return {path: np.where(support.beyond_ranks(spec, path), np.float32(0), a) for path, a in drawn.items()}
-
-
 def test_files_tell_the_ranks_alphas_and_scale_of_modules_by_their_full_names(tmp_path: Path) -> None:
     arch = SIZES["tiny"]
     spec = support.mixed_spec(arch)
-    save_peft_adapter(tmp_path / "adapter", draw_adapters(spec, arch), spec, support.FAMILY, arch, "base")
+    save_peft_adapter(tmp_path / "adapter", support.draw_adapters(arch, spec), spec, support.FAMILY, arch, "base")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     layer = "model.layers."
     keys_values = [f"{layer}5.self_attn.k_proj", f"{layer}5.self_attn.v_proj"]
@@ -114,7 +106,7 @@ def test_files_tell_the_ranks_alphas_and_scale_of_modules_by_their_full_names(tm
 def test_made_uniform_one_rank_and_scale_give_the_same_updates() -> None:
     arch, mesh = SIZES["tiny"], support.make_mesh()
     spec = support.mixed_spec(arch)
-    base, adapters = support.load(None, arch, mesh), draw_adapters(spec, arch)
+    base, adapters = support.load(None, arch, mesh), support.draw_adapters(arch, spec)
     made, uniform = make_uniform(adapters, spec)
     assert (uniform.rank, uniform.use_rslora, uniform.ranks, uniform.alphas) == (7, False, {}, {})
     assert {array.shape[1 if path.endswith("_b") else 2] for path, array in made.items()} == {7}
@@ -130,7 +122,7 @@ def test_made_uniform_one_rank_and_scale_give_the_same_updates() -> None:
 
 def test_what_is_uniform_already_stays_as_it_is() -> None:
     spec = support.full_spec(SIZES["tiny"], rank=3, alpha=7.0)
-    adapters = draw_adapters(spec, SIZES["tiny"])
+    adapters = support.draw_adapters(SIZES["tiny"], spec)
     made, same = make_uniform(adapters, spec)
     assert same == spec
     for path, array in adapters.items():

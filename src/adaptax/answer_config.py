@@ -59,7 +59,7 @@ def check_metric(evaluation: EvaluationConfig) -> list[str]:
     if "regex" in names and evaluation.pattern is None:
         wrong.append("evaluation.metric=regex needs evaluation.pattern, a regular expression")
     try:
-        re.compile(evaluation.pattern or "")
+        re.compile(evaluation.pattern if isinstance(evaluation.pattern, str) else "")
     except re.error as error:
         wrong.append(f"evaluation.pattern={evaluation.pattern!r} is not a regular expression: {error}")
     return wrong

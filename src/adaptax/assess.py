@@ -97,7 +97,7 @@ def evaluate(options: EvaluateOptions, config: Config, mesh: Mesh, places: Seque
     scores = [score_rows(adapter, base, data, config) for adapter in subject.adapters]
     if answers:
         if subject.job.platform == "cpu":
-            base = take_apart(dict(base))
+            base = take_apart(dict(base), subject.job.dtype)
         for adapter, score in zip(subject.adapters, scores, strict=True):
             grade_answers(subject, adapter, base, answers, score)
     summaries = [score.summarize(scores[0] if i else None) for i, score in enumerate(scores)]

@@ -11,13 +11,16 @@ from adaptax.models import find_architecture, find_family, match_modules, match_
 from adaptax.redact import check_no_secrets
 
 
-def read_config(values: Mapping[str, Any], given: Sequence[str] = (), *, is_trained: bool = True) -> Config:
+def read_config(
+    values: Mapping[str, Any], given: Sequence[str] = (), *, is_trained: bool = True, is_saved: bool = False
+) -> Config:
     """The configuration as dataclasses; with ``model.init_adapter``, ranks and modules are the adapter's.
 
     Args:
       values: every key.
       given: the keys that were given on the command line.
       is_trained: whether rows will be trained on, which must be there then.
+      is_saved: what was not given is a run's, which has ranks and modules of its ``model.init_adapter`` already.
 
     Raises:
       UserError: naming what is wrong in it.
@@ -25,7 +28,8 @@ def read_config(values: Mapping[str, Any], given: Sequence[str] = (), *, is_trai
     check_no_secrets(values)
     config = build(values, is_trained=is_trained)
     check_training(config)
-    if config.model.init_adapter is not None:
+    is_adopted = is_saved and not {"model", "model.init_adapter"} & set(given)
+    if config.model.init_adapter is not None and not is_adopted:
         from adaptax.adapter_files import adopt_initial  # brings numpy and safetensors, which --help does without
 
         config = replace(config, model=adopt_initial(config.model, given))

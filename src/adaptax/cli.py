@@ -97,7 +97,9 @@ def _run_hydra(job: Callable[[DictConfig], Any], added: list[str], options: Iter
 def _train(cfg: DictConfig) -> float:
     """One job: the configuration as dataclasses, checked without jax, then the run."""
     try:
-        config = read_config(bring_config(to_plain(cfg), given_keys()), given_keys())
+        values, given = to_plain(cfg), given_keys()
+        brought = bring_config(values, given)
+        config = read_config(brought, given, is_saved=brought is not values)
         folder = RunFolder(Path(HydraConfig.get().runtime.output_dir))
         with StopSignals(config.checkpoint.grace_seconds) as stop, contextlib.ExitStack() as stack:
             try:
@@ -216,7 +218,7 @@ def _replay() -> None:
     values = read_saved_config(RunFolder(options.run))
     if values is None:
         raise UserError(f"{options.run} is no run's folder: it has no config.yaml")
-    config = read_config(values)
+    config = read_config(values, is_saved=True)
 
     from adaptax import replay
 

@@ -207,7 +207,9 @@ def given_keys() -> list[str]:
     """The keys and groups that were given on the command line; all groups, where an experiment was."""
     overrides = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
     keys = [".".join(str(override.key_or_group).split(".")[:2]) for override in overrides]
-    return [name for name in key_paths() if "." not in name] if "experiment" in keys else keys
+    if "experiment" not in keys:
+        return keys
+    return [*(name for name in key_paths() if "." not in name), *(key for key in keys if "." in key)]
 
 
 def explain(error: Exception) -> str:

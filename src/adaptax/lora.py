@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import qwix
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -187,6 +188,18 @@ def init_adapters(family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh
 
     shardings = {path: leaf.sharding for path, leaf in describe_adapters(family, arch, spec, mesh).items()}
     return jax.jit(make, out_shardings=shardings)()
+
+
+def place_adapters(
+    family: Family, arch: Architecture, spec: LoraSpec, mesh: Mesh, arrays: Mapping[str, np.ndarray]
+) -> Arrays:
+    """Adapters from the host on the mesh, laid out as :func:`init_adapters` does; each process passes them whole."""
+    described = describe_adapters(family, arch, spec, mesh)
+    assert {path: a.shape for path, a in arrays.items()} == {path: leaf.shape for path, leaf in described.items()}
+    return {
+        path: jax.make_array_from_callback(leaf.shape, leaf.sharding, arrays[path].__getitem__)
+        for path, leaf in described.items()
+    }
 
 
 def _draw_a(key: jax.Array, layers: Sequence[int], ranks: Sequence[int], num_in: int) -> jax.Array:

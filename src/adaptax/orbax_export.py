@@ -16,6 +16,8 @@ from adaptax.config import UserError
 from adaptax.models import Architecture, Family
 from adaptax.orbax_files import UNFINISHED, list_arrays
 
+CONCURRENT_GB = 1  # that is being written at a time, as each part of it is copied on the way
+
 
 def save_orbax_checkpoint(directory: Path, base: Mapping[str, Any], family: Family, arch: Architecture) -> None:
     """Writes the base of a text model, whole or not at all, and reads it again.
@@ -47,7 +49,9 @@ def save_orbax_checkpoint(directory: Path, base: Mapping[str, Any], family: Fami
         )
         as_they_are = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # nobody changes them meanwhile
         registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, as_they_are))
-        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=alone)
+        handler = ocp.PyTreeCheckpointHandler(
+            save_concurrent_gb=CONCURRENT_GB, type_handler_registry=registry, multiprocessing_options=alone
+        )
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save(partial, args=ocp.args.PyTreeSave(tree))
         _check_written(partial, tree)

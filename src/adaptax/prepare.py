@@ -7,15 +7,17 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from adaptax.adapter_files import adopt, open_initial, read_arrays
 from adaptax.checkpoint import digest_arrays, read_digests
 from adaptax.choices import choose_micro_batch, compile_fitting, describe_excess, remat_policies
 from adaptax.config import Config, UserError
@@ -24,7 +26,7 @@ from adaptax.data.pipeline import Dataset
 from adaptax.data.tokenizer import Tokenizer, open_tokenizer
 from adaptax.devices import multiplies_bfloat16
 from adaptax.job import Job, Steps, build_job, build_steps, set_precision, with_training
-from adaptax.lora import Arrays, init_adapters
+from adaptax.lora import Arrays, init_adapters, place_adapters
 from adaptax.memory import Footprint, Shapes, describe_base, free_bytes, local_bytes
 from adaptax.mesh import batch_part
 from adaptax.models import find_source
@@ -39,6 +41,20 @@ PACKAGES = ("adaptax", "jax", "jaxlib", "flax", "optax", "qwix", "numpy", "orbax
 
 
 @dataclass(frozen=True)
+class Initial:
+    """What the adapters begin from: the files of ``model.init_adapter``; nothing where they are new."""
+
+    arrays: Mapping[str, np.ndarray] | None = None
+    digest: str | None = None  # of the files
+    is_gone: bool = False  # the files were there when the run began
+
+    @property
+    def identity(self) -> dict[str, str | None]:
+        """Its share in what checkpoints know of a run."""
+        return {} if self.is_gone else {"initial": self.digest}
+
+
+@dataclass(frozen=True)
 class Prepared:
     """All of a run but its base weights, before the first step."""
 
@@ -47,6 +63,7 @@ class Prepared:
     feed: Feed
     steps: Steps
     state: TrainState
+    initial: Initial
     footprint: Footprint | None = None  # once the steps are compiled
 
 
@@ -55,10 +72,11 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def prepare(config: Config, mesh: Mesh) -> Prepared:
+def prepare(config: Config, mesh: Mesh, *, is_resumed: bool = False) -> Prepared:
     """Opens the data and builds model, adapters and optimizer; no weight is read.
 
     Where the configuration leaves the micro-batch open it is chosen here; the job's configuration says what was chosen.
+    A run that is resumed has its adapters in a checkpoint, and may do without ``model.init_adapter``.
     """
     if not is_main():
         logging.getLogger("adaptax").setLevel(logging.WARNING)
@@ -66,6 +84,7 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
     job = build_job(config, mesh, directory)
     set_precision(job)
     show_adapters(config.model, job.family, job.arch, job.spec)
+    initial = read_initial(job, is_resumed=is_resumed)
     is_slower = job.config.model.dtype == "auto" and job.platform == "cpu" and multiplies_bfloat16()
     hint = "; model.dtype=bfloat16 is faster on this processor, and less exact" if is_slower else ""
     log.info("attention: %s; computed in %s%s", job.attention, job.dtype, hint)
@@ -80,9 +99,45 @@ def prepare(config: Config, mesh: Mesh) -> Prepared:
 
     job = replace(job, num_steps=feed.num_steps)
     optimizer, _ = build_optimizer(config.optimizer, config.schedule, feed.num_steps)
-    adapters = init_adapters(job.family, job.arch, job.spec, mesh, config.training.seed)
+    if initial.arrays is None:
+        adapters = init_adapters(job.family, job.arch, job.spec, mesh, config.training.seed)
+    else:
+        adapters = place_adapters(job.family, job.arch, job.spec, mesh, initial.arrays)
     state = init_state(adapters, optimizer, mesh, config.training.seed)
-    return Prepared(job, tokenizer, feed, build_steps(with_training(job, remat=remat_policies(job)[-1])), state)
+    steps = build_steps(with_training(job, remat=remat_policies(job)[-1]))
+    return Prepared(job, tokenizer, feed, steps, state, replace(initial, arrays=None))
+
+
+def read_initial(job: Job, *, is_resumed: bool) -> Initial:
+    """Reads what ``model.init_adapter`` names, and tells what is worth knowing of it.
+
+    Raises:
+      UserError: it is no adapter of this model, or another one than the configuration has taken its ranks from.
+    """
+    model, checkpoint = job.config.model, job.family.checkpoint
+    if model.init_adapter is None:
+        return Initial()
+    path = Path(model.init_adapter).expanduser()
+    if is_resumed and not path.exists():
+        log.warning("model.init_adapter=%s is gone: answers before training cannot be told", path)
+        return Initial(is_gone=True)
+    files = open_initial(model, checkpoint, job.arch)
+    if adopt(model, files, job.arch) != model:
+        raise UserError(f"model.init_adapter={path} has other ranks, scales or modules than the run was begun with")
+    arrays = read_arrays(files, checkpoint, job.arch)
+    is_other = bool(files.base) and Path(files.base).name != Path(job.source).name
+    other = f"; it says that it was trained on {files.base:.200}, and this is {job.source}" if is_other else ""
+    log.log(
+        logging.WARNING if is_other else logging.INFO,
+        "the adapters begin from %s: %d modules%s",
+        path,
+        files.num_modules,
+        other,
+    )
+    if files.left_out:
+        words = "%s does not adapt %s (%d such modules): they are adapted from here on, as they share A with others"
+        log.warning(words, path, files.left_out[0], len(files.left_out))
+    return Initial(arrays, files.hash())
 
 
 def load_base(prepared: Prepared, *, compile_step: bool = True) -> tuple[Prepared, Arrays]:
@@ -135,7 +190,7 @@ def identify_inputs(prepared: Prepared) -> dict[str, Any]:
     }
     if feed.train is not None:  # else rows are streamed, and nobody has seen them all
         identity["data"] = _hash_rows(feed.train)
-    return identity | {"eval": _hash_rows(feed.held_out)}
+    return identity | {"eval": _hash_rows(feed.held_out)} | prepared.initial.identity
 
 
 def identify_base(base: Arrays) -> Callable[[], str]:

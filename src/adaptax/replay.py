@@ -45,7 +45,7 @@ def replay(config: Config, mesh: Mesh, folder: RunFolder, step: int | None = Non
       UserError: there is no such step.
     """
     dump = find_dump(folder, step)
-    prepared = prepare(config, mesh)
+    prepared = prepare(config, mesh, is_resumed=True)
     checkpoint, state = find_state(prepared, folder, dump.step)
     prepared, base = load_base(prepared, compile_step=checkpoint < dump.step - 1)
     state = roll_forward(prepared, base, state, checkpoint, dump.step - 1)
@@ -89,6 +89,9 @@ def find_state(prepared: Prepared, folder: RunFolder, step: int) -> tuple[int, T
             best = done, restore(path, manifest, prepared.state)
         except Damaged as error:
             log.warning("%s is damaged: %s", path, error)
+    if not best[0] and prepared.initial.is_gone:
+        name = prepared.job.config.model.init_adapter
+        raise UserError(f"model.init_adapter={name} is gone, and no checkpoint is as old as step {step}")
     return best
 
 

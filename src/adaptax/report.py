@@ -51,7 +51,7 @@ def show_adapters(config: ModelConfig, family: Family, arch: Architecture, spec:
     log_table(table)
     if not all(4 <= number <= 128 for number in itertools.chain(*ranks.values())):
         log.warning("model.lora_rank=%s is outside the usual 4 to 128", rank)
-    is_chosen = spec.use_rslora or config.lora_alpha_pattern
+    is_chosen = spec.use_rslora or config.lora_alpha_pattern or config.init_adapter
     if scale != "1" and not is_chosen:
         log.warning(
             "updates are scaled by lora_alpha / lora_rank = %s; model.lora_alpha=null keeps alpha at the rank", scale

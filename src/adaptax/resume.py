@@ -56,7 +56,7 @@ FORK_KEYS = (
     "schedule.warmup_steps",
 )
 # Compared by content, once it has been read: files may have moved. Rows that are streamed are not read before.
-NAMED_KEYS = ("data.train", "data.eval", "model.weights", "model.tokenizer")
+NAMED_KEYS = ("data.train", "data.eval", "model.weights", "model.tokenizer", "model.init_adapter")
 # Free as long as the global batch stays the same.
 LAYOUT_KEYS = ("model.mesh_shape", "training.micro_batch_size", "training.gradient_accumulation_steps")
 INPUTS = {
@@ -65,6 +65,7 @@ INPUTS = {
     "tokenizer": "tokenizer",
     "data": "training rows",
     "eval": "evaluation rows",
+    "initial": "initial adapter's files",
 }
 # Of this start alone.
 START_KEYS = ("checkpoint.resume", "training.stop_after_steps")

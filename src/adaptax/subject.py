@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,7 +18,7 @@ from adaptax.checkpoint import gather, restore
 from adaptax.config import Config, ModelConfig, OptimizerConfig, UserError
 from adaptax.data.tokenizer import Tokenizer, open_tokenizer
 from adaptax.job import Job, build_job, set_precision
-from adaptax.lora import Arrays, build_model, describe_adapters, init_adapters
+from adaptax.lora import Arrays, build_model, init_adapters, place_adapters
 from adaptax.manifest import Damaged, list_checkpoints, read_checkpoint, step_of
 from adaptax.memory import describe_base, free_bytes, local_bytes, show_bytes
 from adaptax.models import find_architecture, find_source
@@ -46,8 +45,7 @@ class Adapter:
     def place(self) -> Arrays:
         """Its arrays on the mesh."""
         job = self.job
-        shapes = describe_adapters(job.family, job.arch, job.spec, job.mesh) if self.arrays else {}
-        return {path: jax.device_put(self.arrays[path], leaf.sharding) for path, leaf in shapes.items()}
+        return place_adapters(job.family, job.arch, job.spec, job.mesh, self.arrays) if self.arrays else {}
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def open_speaker(subject: Subject) -> Speaker:
     """Reads the weights; on a CPU they are then laid out layer by layer."""
     adapter, base = subject.adapters[0], subject.load_base()
     if subject.job.platform == "cpu":
-        base = take_apart(dict(base))
+        base = take_apart(dict(base), subject.job.dtype)
     return Speaker(subject, Generator(adapter.program, subject.job.arch), base, adapter.place())
 
 

@@ -49,7 +49,7 @@ def run(start: Start, mesh: Mesh, folder: RunFolder, stop: StopSignals) -> float
       Interrupted: a signal came; what was trained has been saved.
     """
     started = time.monotonic()
-    prepared = prepare(start.config, mesh)
+    prepared = prepare(start.config, mesh, is_resumed=bool(start.checkpoints))
     state, manifest = begin(start, prepared)
     if is_main():
         check_room(folder, start.config.checkpoint.keep, state, has_best=prepared.feed.eval_batches is not None)
@@ -63,7 +63,7 @@ def run(start: Start, mesh: Mesh, folder: RunFolder, stop: StopSignals) -> float
     num_rows, batch_size = config.training.exact_match_rows, micro_batch(config.training) * mesh.shape["fsdp"]
     generator = Generator(prepared.steps.eval_program, prepared.job.arch)
     answer = build_answer(generator, base, prepared.feed.held_out, num_rows, batch_size)
-    before = answer(prepared.state.adapters)
+    before = None if prepared.initial.is_gone else answer(prepared.state.adapters)
     if manifest:  # the fresh adapters were needed up to here
         jax.tree.map(lambda array: array.delete(), prepared.state)
     writer = Writer(dataclasses.asdict(config), identity, functools.partial(save_peft, prepared.job))
@@ -186,6 +186,7 @@ def check_inputs(prepared: Prepared, base: Arrays, manifest: Manifest | None) ->
     """
     inputs, read_base = identify_inputs(prepared), identify_base(base)
     if manifest:
+        inputs = {key: manifest.identity[key] for key in ("initial",) if key in manifest.identity} | inputs
         check_identity(manifest.identity, {"base": read_base()}, f"the run of step {manifest.step}")
     return lambda: inputs | {"base": read_base()}
 

@@ -108,20 +108,27 @@ def load_weights(
         return _last_base[key]
 
 
-def take_apart(base: dict[str, jax.Array]) -> dict[str, Any]:
+def take_apart(base: dict[str, jax.Array], dtype: Any) -> dict[str, Any]:
     """The base with a tuple of arrays, one for each layer, in the place of every stack, which is given up for it.
 
-    For generation, which reads every weight once for a token: some backends copy what they take out of a stack.
+    For generation, which reads every weight once for a token: some backends copy what they take out of a stack, and
+    weights that are narrower than the compute type would be widened for every token.
+
+    Args:
+      base: as it was loaded; it is empty afterwards.
+      dtype: the compute type.
     """
     forget_weights()  # it is not to be handed out again
     apart: dict[str, Any] = {}
     for path in list(base):
         stack = base.pop(path)
-        if not path.startswith("layers/"):
-            apart[path] = stack
-            continue
-        apart[path] = jax.block_until_ready(_split_layers(stack))
-        stack.delete()
+        is_wider = stack.dtype == jnp.bfloat16 and dtype == jnp.float32
+        if path.startswith("layers/"):
+            apart[path] = jax.block_until_ready(_split_layers(stack, dtype if is_wider else stack.dtype))
+        else:
+            apart[path] = jax.block_until_ready(stack.astype(dtype)) if is_wider else stack
+        if apart[path] is not stack:
+            stack.delete()
     return apart
 
 
@@ -131,9 +138,9 @@ def forget_weights() -> None:
         _last_base.clear()
 
 
-@jax.jit
-def _split_layers(stack: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(stack)
+@functools.partial(jax.jit, static_argnums=1)
+def _split_layers(stack: jax.Array, dtype: Any) -> tuple[jax.Array, ...]:
+    return tuple(stack.astype(dtype))
 
 
 _last_base: dict[str, dict[str, jax.Array]] = {}

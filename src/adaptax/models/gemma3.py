@@ -136,7 +136,7 @@ class Embedder(nnx.Module):
 
     @jax.named_scope("embedding")
     def __call__(self, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-        rows_BTD = jnp.take(self.embedding[...], tokens_BT, axis=0).astype(dtype)
+        rows_BTD = take_rows(self.embedding[...], tokens_BT).astype(dtype)
         return rows_BTD * jnp.sqrt(rows_BTD.shape[-1]).astype(dtype)
 
 
@@ -290,12 +290,23 @@ def _pick_layer(weights: Any, i: int) -> Any:
 def take_layer(w: jax.Array, i: jax.Array) -> jax.Array:
     """The weight of layer i out of a stack.
 
-    Slices of bfloat16 are taken as integers: the CPU backend would slice a float32 copy of the whole stack.
+    Slices of bfloat16 are taken as integers: the CPU backend would slice a float32 copy of the whole stack. A stack may
+    be given as such integers too, which spares that backend the copy that it makes of them.
     """
-    if w.dtype != jnp.bfloat16:
-        return jax.lax.dynamic_index_in_dim(w, i, keepdims=False)
-    bits = jax.lax.bitcast_convert_type(w, jnp.uint16)
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_index_in_dim(bits, i, keepdims=False), jnp.bfloat16)
+    return _from_bits(jax.lax.dynamic_index_in_dim(_to_bits(w), i, keepdims=False))
+
+
+def take_rows(w: jax.Array, rows: jax.Array) -> jax.Array:
+    """Some rows of a matrix, in the same way."""
+    return _from_bits(jnp.take(_to_bits(w), rows, axis=0))
+
+
+def _to_bits(w: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(w, jnp.uint16) if w.dtype == jnp.bfloat16 else w
+
+
+def _from_bits(w: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(w, jnp.bfloat16) if w.dtype == jnp.uint16 else w
 
 
 def rope_angles(positions_BT: jax.Array, head_dim: int, theta: float, factor: float) -> tuple[jax.Array, jax.Array]:

@@ -98,6 +98,14 @@ def named_runs() -> set[Path]:
     return {Path(name) for name in (resumed | listed | runs) - {"auto", "never"}}
 
 
+def named_adapters() -> set[str]:
+    """The folders of adapters that the commands name."""
+    words = [word for arguments in COMMANDS.values() if arguments[0] in OPTIONS for word in arguments[1:]]
+    given = [re.fullmatch(r"adapter=(.+)|adapters=\[(.+)\]", word) for word in words]
+    names = [name for match in given if match for name in (match[1] or match[2]).split(",")]
+    return set(names) - {"best", "last", "none", "null"}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reader's folder: ``conf`` with the YAML files that the pages tell to write, the named data and earlier runs."""
@@ -118,6 +126,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run / "config.yaml").write_text("model: {}\ndata: {train: chats.jsonl}\n", encoding="utf-8")
         for name in ("adapter", "adapters/best", "adapters/last"):
             (run / name).mkdir(parents=True, exist_ok=True)
+    for name in named_adapters():
+        (folder / name).mkdir(parents=True, exist_ok=True)
     return folder
 
 

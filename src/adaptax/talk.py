@@ -90,8 +90,7 @@ def generate(options: GenerateOptions, config: Config, mesh: Mesh, place: Path |
     Raises:
       UserError: a file is not there, is there already, or holds what is no question.
     """
-    _check_options(options)
-    out = None if options.out is None else check_new_file(options.out)
+    out = check_out(options)
     subject = open_subject(config, mesh, [place])
     prompt, sizes = None, (0, 0)  # mistakes in questions are told before weights are read
     if options.prompt is not None:
@@ -109,13 +108,15 @@ def generate(options: GenerateOptions, config: Config, mesh: Mesh, place: Path |
         log.info("%s", rates)
 
 
-def _check_options(options: GenerateOptions) -> None:
+def check_out(options: GenerateOptions) -> Path | None:
+    """The file to write; refuses one that is there, and options that do not go together."""
     if options.prompt is not None and options.data is not None:
         raise UserError("prompt and data are both given: leave one of them out")
     if (options.data is None) != (options.out is None):
         raise UserError("data=FILE and out=FILE go together: questions from one, answers to the other")
     if options.data is not None and options.system is not None:
         raise UserError("system is of a prompt or a chat: rows of data have a column or a message of their own for it")
+    return None if options.out is None else check_new_file(options.out)
 
 
 def open_speaker(subject: Subject) -> Speaker:

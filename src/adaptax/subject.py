@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -78,7 +80,12 @@ class Subject:
           UserError: with what is needed, and what to lower.
         """
         job = self.job
-        base = local_bytes(describe_base(job, fetch_files(job.source)))
+        shapes = describe_base(job, fetch_files(job.source))
+        if job.platform == "cpu":  # where take_apart widens what is narrower than the compute type
+            for path, leaf in shapes.items():
+                dtype = jnp.promote_types(leaf.dtype, job.dtype) if leaf.dtype == jnp.bfloat16 else leaf.dtype
+                shapes[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+        base = local_bytes(shapes)
         sizes = [np.prod(shape) for shape in cache_shapes(job.arch, num_rows, num_tokens)]
         cache = 2 * int(sum(sizes)) * job.dtype.itemsize // job.mesh.shape["fsdp"]
         words = f"base weights {show_bytes(base)}, keys and values of {num_rows} x {num_tokens} tokens"

@@ -260,7 +260,7 @@ def test_peft_loads_the_truncated_adapter_and_computes_the_same(place: Path, tmp
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data.eval": None}, "has held no rows out (data.eval_fraction)"),
+        ({"data.eval": None}, "no rows are held out (data.eval, data.eval_fraction)"),
         ({"data.eval": None, "data.train": None}, "no rows to evaluate on"),
         ({"data.eval": None, "data.train": "gone.jsonl", "data.eval_fraction": 0.5}, "gone.jsonl"),
     ],

@@ -102,6 +102,7 @@ def test_a_merged_checkpoint_is_loaded_by_transformers_with_the_same_logits(
     np.testing.assert_allclose(merged, reference_logits(setting, TOKENS), atol=1e-4)
 
 
+@pytest.mark.parametrize("setting", ["text"], indirect=True)
 def test_googles_layout_is_read_as_base_weights_again(setting, tmp_path: Path) -> None:
     receipt = deliver(setting, tmp_path / "out", format="orbax")
     assert_receipt(receipt, tmp_path / "out", receipt["modules"])
@@ -111,6 +112,7 @@ def test_googles_layout_is_read_as_base_weights_again(setting, tmp_path: Path) -
     np.testing.assert_allclose(logits, reference_logits(setting, TOKENS)[..., : logits.shape[-1]], atol=1e-4)
 
 
+@pytest.mark.parametrize("setting", ["text"], indirect=True)
 def test_a_gguf_adapter_is_written(setting, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     receipt = deliver(setting, tmp_path / "out", format="gguf")
@@ -174,6 +176,7 @@ def test_what_cannot_be_exported_is_told_before_anything_is_read(tmp_path: Path)
             export(replace(OPTIONS, **options), config, support.make_mesh(), place)
 
 
+@pytest.mark.parametrize("setting", ["text"], indirect=True)
 def test_random_weights_and_googles_checkpoints_are_not_merged_into(setting, tmp_path: Path) -> None:
     config, place = setting
     deliver(setting, tmp_path / "google", format="orbax")

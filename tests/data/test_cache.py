@@ -479,7 +479,7 @@ def test_another_tokenizer_makes_another_entry(
 
 def test_other_code_makes_another_key(tmp_path: Path) -> None:
     shutil.copytree(SRC / "adaptax" / "data", tmp_path / "adaptax" / "data")
-    for name in ("__init__.py", "config.py", "schema.py"):
+    for name in ("__init__.py", "answer_config.py", "config.py", "schema.py"):
         shutil.copy(SRC / "adaptax" / name, tmp_path / "adaptax" / name)
 
     def key() -> str:

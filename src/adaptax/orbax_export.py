@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from adaptax.config import UserError
 from adaptax.models import Architecture, Family
 from adaptax.orbax_files import UNFINISHED, list_arrays
 
+DATA_FILE_BYTES = 128 << 20  # a file is held in memory until it is full
 CONCURRENT_GB = 1  # that is being written at a time, as each part of it is copied on the way
 
 
@@ -53,7 +55,7 @@ def save_orbax_checkpoint(directory: Path, base: Mapping[str, Any], family: Fami
             save_concurrent_gb=CONCURRENT_GB, type_handler_registry=registry, multiprocessing_options=alone
         )
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(partial, args=ocp.args.PyTreeSave(tree))
+            checkpointer.save(partial, args=ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=DATA_FILE_BYTES))
         _check_written(partial, tree)
         partial.rename(directory)
     except (OSError, ValueError, RuntimeError) as error:
@@ -77,9 +79,19 @@ def orbax_tree(base: Mapping[str, Any], family: Family, arch: Architecture) -> d
     tree: dict[str, dict[str, np.ndarray]] = {}
     for name, places in parts.items():
         module, _, parameter = name.rpartition("/")
-        array = places[""] if "" in places else np.stack([places[place] for place in sorted(places)])
+        array = places[""] if "" in places else _stack([places.pop(place) for place in sorted(places)])
         tree.setdefault(module, {})[parameter] = array
     return tree
+
+
+def _stack(arrays: list[np.ndarray]) -> np.ndarray:
+    """One array of several, in a file without a name, so that it takes no memory of its own."""
+    shape, dtype = (len(arrays), *arrays[0].shape), arrays[0].dtype
+    with tempfile.TemporaryFile() as file:
+        stacked = np.memmap(file, dtype, "w+", shape=shape)
+    for place, array in enumerate(arrays):
+        stacked[place] = array
+    return stacked.view(np.ndarray)
 
 
 def _check_written(folder: Path, tree: Mapping[str, Mapping[str, np.ndarray]]) -> None:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
+
 Rules = Mapping[str, list[str]]  # how a message begins -> what is done to the disk, once
 
 
@@ -33,6 +35,16 @@ def mount(path: Path, kib: int) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", "-l", path], check=False)
+
+
+def mount_or_skip(path: Path, kib: int) -> Iterator[Path]:
+    """The same for a fixture: tests that need a disk are skipped where none can be mounted."""
+    with contextlib.ExitStack() as stack:
+        try:
+            mounted = stack.enter_context(mount(path, kib))
+        except PermissionError as error:
+            pytest.skip(f"mounting is not permitted: {error}")
+        yield mounted
 
 
 def act(disk: Path, action: str) -> None:

@@ -43,13 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 2 MiB; tests that need one are skipped where none can be mounted."""
-    try:
-        mounted = disks.mount(tmp_path / "disk", 2048)
-        path = mounted.__enter__()
-    except PermissionError as error:
-        pytest.skip(f"mounting is not permitted: {error}")
-    yield path
-    mounted.__exit__(None, None, None)
+    yield from disks.mount_or_skip(tmp_path / "disk", 2048)
 
 
 def steps_in(run: Path) -> list[int]:

@@ -307,13 +307,7 @@ def test_links_within_the_hubs_cache_are_followed_and_those_that_leave_the_base_
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 320 KiB; tests that need one are skipped where none can be mounted."""
-    try:
-        mounted = disks.mount(tmp_path / "disk", 320)
-        path = mounted.__enter__()
-    except PermissionError as error:
-        pytest.skip(f"mounting is not permitted: {error}")
-    yield path
-    mounted.__exit__(None, None, None)
+    yield from disks.mount_or_skip(tmp_path / "disk", 320)
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path) -> None:

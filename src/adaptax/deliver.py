@@ -94,11 +94,7 @@ def export(options: ExportOptions, config: Config, mesh: Mesh, place: Path | Non
         said = write(folder)
         receipt = describe(options, subject, said, folder)
         write_text(folder / RECEIPT, json.dumps(receipt, indent=1) + "\n")
-    checked = said.get("logits")
-    words = (
-        "" if checked is None else " logits differ by {difference:.2g}, by {adapter_effect:.2g} without the adapter;"
-    )
-    log.info("%s: %d modules;%s %s", options.format, said["modules"], words.format(**(checked or {})), out)
+    log.info("%s: %d modules; %s, %s in it", out, said["modules"], describe_check(said.get("logits")), RECEIPT)
     return receipt
 
 
@@ -215,7 +211,7 @@ def _write_merged(subject: Subject, options: ExportOptions, folder: Path) -> dic
         words = "%d modules are what they were: their update is zero, or less than %s can hold"
         log.warning(words, len(report.unchanged), " and ".join(report.dtypes))
     tolerance = max(TOLERANCES[name] for name in report.dtypes)
-    return _describe_sum(report) | _check_sum(subject, folder, folder, reference, tolerance, options)
+    return _describe_sum(report) | _check_sum(subject, folder, reference, tolerance, options)
 
 
 def _write_orbax(subject: Subject, options: ExportOptions, folder: Path) -> dict[str, Any]:
@@ -232,7 +228,7 @@ def _write_orbax(subject: Subject, options: ExportOptions, folder: Path) -> dict
     if config is not None and config.exists():  # tells of shapes that are no published size's
         shutil.copy(config, folder / config.name)
     said = {"modules": _count_modules(job.spec, job.family)}
-    return said | _check_sum(subject, folder, folder, reference, tolerance, options)
+    return said | _check_sum(subject, folder, reference, tolerance, options)
 
 
 def _write_gguf(subject: Subject, options: ExportOptions, folder: Path) -> dict[str, Any]:
@@ -250,12 +246,12 @@ _WRITERS: dict[str, Callable[[Subject, ExportOptions, Path], dict[str, Any]]] = 
 
 
 def _check_sum(
-    subject: Subject, directory: Path, folder: Path, reference: Reference, tolerance: float, options: ExportOptions
+    subject: Subject, folder: Path, reference: Reference, tolerance: float, options: ExportOptions
 ) -> dict[str, Any]:
     """The logits of a written model, loaded as any base is."""
     config = subject.job.config
     again = open_subject(
-        replace(config, model=replace(config.model, weights=str(directory), tokenizer=None)), subject.job.mesh, [None]
+        replace(config, model=replace(config.model, weights=str(folder), tokenizer=None)), subject.job.mesh, [None]
     )
     logits = probe(load_bits(again), {}, again.adapters[0].program)
     return {"logits": check_logits(reference, logits, tolerance, Path(str(options.out)))}

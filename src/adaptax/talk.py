@@ -235,7 +235,7 @@ def answer_file(speaker: Speaker, data: str, out: Path, num_rows: int, longest: 
                 if time.monotonic() - told > TELL_SECONDS:
                     told = time.monotonic()
                     left = (told - started) / done * (num_rows - done)
-                    rates = speaker.generator.rates.describe()
+                    rates = speaker.generator.rates.describe() or "compiling"
                     log.info("%d of %d rows, %s, %.0f s left", done, num_rows, rates, left)
         partial.rename(out)
     except BaseException as error:
